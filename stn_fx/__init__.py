@@ -1,0 +1,7 @@
+"""stn_fx tunes the regularization hyperparameters of any unmodified PyTorch model, while it trains, in one run."""
+
+from stn_fx.hparams import Hyperparameter
+from stn_fx.rules.structure import LowRank
+from stn_fx.transform import SelfTuningModule, transform
+
+__all__ = ["Hyperparameter", "LowRank", "SelfTuningModule", "transform"]

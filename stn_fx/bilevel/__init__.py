@@ -1,0 +1,32 @@
+"""Bilevel training: inner and outer steps, the trainer around them, and what a run leaves behind.
+
+The way of the data: a loader's batch -> `Objective.batch` -> the updates of one `Algorithm` -> records -> `FitResult`
+-> `RunFolder`.
+"""
+
+from stn_fx.bilevel.algorithm import Algorithm, InnerRecord, OuterRecord
+from stn_fx.bilevel.callbacks import Callback, KeepBest
+from stn_fx.bilevel.evaluation import Evaluation, evaluate
+from stn_fx.bilevel.objective import Objective
+from stn_fx.bilevel.records import EpochRecord, FitResult, SchedulePoint
+from stn_fx.bilevel.run_folder import RunFolder
+from stn_fx.bilevel.steps import DeltaSTN, FixedHyperparameters
+from stn_fx.bilevel.trainer import BilevelTrainer
+
+__all__ = [
+    "Algorithm",
+    "BilevelTrainer",
+    "Callback",
+    "DeltaSTN",
+    "EpochRecord",
+    "Evaluation",
+    "FitResult",
+    "FixedHyperparameters",
+    "InnerRecord",
+    "KeepBest",
+    "Objective",
+    "OuterRecord",
+    "RunFolder",
+    "SchedulePoint",
+    "evaluate",
+]

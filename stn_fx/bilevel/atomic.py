@@ -1,0 +1,28 @@
+"""Files that are either the old ones or the new ones, never half of each, whenever the process dies."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file in the folder of `path`, then put it in place of `path`.
+
+    Args:
+        path: the file to make or replace; its folder exists.
+        write: is given the temporary path, which has the suffix of `path` (some writers choose the format by it).
+    """
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    temporary = Path(name)
+    try:
+        # mkstemp makes the file readable by its owner only; a result is as readable as any new file.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.fchmod(descriptor, 0o666 & ~umask)
+        write(temporary)
+        os.fsync(descriptor)
+        temporary.replace(path)
+    finally:
+        os.close(descriptor)
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,95 @@
+"""From what a loader yields to what a model takes: inputs, target, device, number of examples.
+
+Understood without a word from the user:
+
+- `(x, ..., target)`: a tuple or list; the last element is the target, the others are positional inputs;
+- a mapping with one of the keys in `TARGET_KEYS`; the other entries are keyword inputs.
+
+Anything else needs `Objective(inputs=...)`, see `stn_fx.bilevel.objective`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from stn_fx.errors import InputError
+
+TARGET_KEYS = ("labels", "label", "targets", "target")
+
+Inputs = tuple[Any, ...] | dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch, ready for the model.
+
+    Attributes:
+        content: what the loader yielded, on the device of the model; objectives see this.
+        inputs: positional inputs as a tuple, or keyword inputs as a dict.
+    """
+
+    content: Any
+    inputs: Inputs
+
+    def feed(self, function: Callable[..., Any], **options: Any) -> Any:
+        """Call `function` with the inputs, and with `options` as further keywords."""
+        if isinstance(self.inputs, tuple):
+            return function(*self.inputs, **options)
+        return function(**self.inputs, **options)
+
+
+def split(content: Any) -> tuple[Inputs, Any]:
+    """Inputs and target of a batch.
+
+    Raises:
+        InputError: the batch is neither `(inputs..., target)` nor a mapping with a target.
+    """
+    if isinstance(content, Mapping):
+        keys = [key for key in TARGET_KEYS if key in content]
+        if len(keys) == 1 and len(content) > 1:
+            return {str(key): value for key, value in content.items() if key != keys[0]}, content[keys[0]]
+        raise InputError(
+            f"A batch with the keys {', '.join(map(repr, content))} has {len(keys)} targets among "
+            f"{', '.join(TARGET_KEYS)} and needs one of them beside its inputs. Rename the key in the loader's "
+            f"collate_fn, or pass loss=Objective(train=..., inputs=...), which takes any batch."
+        )
+    if isinstance(content, (tuple, list)) and len(content) >= 2:
+        return tuple(content[:-1]), content[-1]
+    raise InputError(
+        f"A batch of type {type(content).__name__} is neither (inputs..., target) nor a mapping with a target. Change "
+        f"the loader's collate_fn, or pass loss=Objective(train=..., inputs=...), which takes any batch."
+    )
+
+
+def to_device(content: Any, device: torch.device) -> Any:
+    """The batch with every tensor on `device`; asynchronous where the memory is pinned.
+
+    Mappings of other packages (such as Hugging Face's BatchEncoding) become plain dicts.
+    """
+    if isinstance(content, Mapping):
+        content = dict(content)
+    return tree_map(lambda x: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x, content)
+
+
+def leading_size(value: Any) -> int | None:
+    """Length of the first axis of the first tensor in a nested value; None where there is no tensor with an axis."""
+    return next((leaf.shape[0] for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.ndim), None)
+
+
+def cycle(loader: Any) -> Iterator[Any]:
+    """Batches without end: the loader is started anew, and so reshuffled, each time it ends.
+
+    Raises:
+        InputError: the loader is empty.
+    """
+    while True:
+        empty = True
+        for content in loader:
+            empty = False
+            yield content
+        if empty:
+            raise InputError("The validation loader is empty. Give it at least one batch (mind drop_last=True).")

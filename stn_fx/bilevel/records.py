@@ -1,0 +1,73 @@
+"""What a run leaves behind: the schedule of the hyperparameters, the history of the losses, the result."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class SchedulePoint:
+    """The hyperparameters at one moment.
+
+    Attributes:
+        epoch: epochs begun, counted from 1; 0 before training.
+        inner_step: inner steps done.
+        outer_step: outer steps done.
+        values: constrained values by name.
+        scales: standard deviations of the perturbation in raw space, by name.
+    """
+
+    epoch: int
+    inner_step: int
+    outer_step: int
+    values: dict[str, float]
+    scales: dict[str, float]
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One epoch.
+
+    Attributes:
+        epoch: counted from 1.
+        inner_step: inner steps done by its end.
+        outer_step: outer steps done by its end.
+        train_loss: mean training loss of the base pass, regularized as the hyperparameters say.
+        response_loss: mean training loss of the linearized pass; None where there was none.
+        valid_loss: mean loss on the whole validation set, evaluation mode, unperturbed.
+        valid_accuracy: share in [0, 1] of validation examples whose highest score is at the target; None where the
+            task is not a classification.
+        seconds: wall time of training and evaluation in this epoch.
+    """
+
+    epoch: int
+    inner_step: int
+    outer_step: int
+    train_loss: float
+    response_loss: float | None
+    valid_loss: float
+    valid_accuracy: float | None
+    seconds: float
+
+
+@dataclass
+class FitResult:
+    """Outcome of `BilevelTrainer.fit`; grows while training, so that an interrupted run has one too.
+
+    Attributes:
+        schedule: the hyperparameters before training, and after every outer step (every epoch where there is none).
+        history: one record per finished epoch.
+        interrupted: whether training stopped before the last epoch.
+    """
+
+    schedule: list[SchedulePoint] = field(default_factory=list)
+    history: list[EpochRecord] = field(default_factory=list)
+    interrupted: bool = False
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The tuned values: those at the end of the schedule."""
+        return self.schedule[-1].values
+
+    @property
+    def best(self) -> EpochRecord | None:
+        """The epoch with the lowest validation loss; None where no epoch was finished."""
+        return min(self.history, key=lambda record: record.valid_loss, default=None)

@@ -1,0 +1,117 @@
+"""The folder that a run leaves behind, written while it runs, so that an interrupted run has one too.
+
+| file | what |
+|---|---|
+| `values.json` | tuned, initial and best-epoch values by name, scales, and the meaning of each (bounds, discrete) |
+| `schedule.json`, `schedule.csv` | every hyperparameter and its scale, after every outer step |
+| `history.json`, `history.csv` | losses of every epoch |
+| `schedule.png` | schedules and losses drawn |
+| `model.pt` | weights of the epoch with the lowest validation loss, under the model's own keys (`weights_only=True`) |
+"""
+
+import csv
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from stn_fx.bilevel.atomic import write_atomically
+from stn_fx.bilevel.callbacks import Callback
+from stn_fx.bilevel.plot import draw
+from stn_fx.bilevel.records import EpochRecord, FitResult, SchedulePoint
+from stn_fx.errors import InputError
+
+if TYPE_CHECKING:
+    from stn_fx.bilevel.trainer import BilevelTrainer
+
+MARKER = "values.json"
+
+
+class RunFolder(Callback):
+    """Writes the files above: tables after every epoch, weights at every new best epoch, the picture at the end.
+
+    Args:
+        path: made with its parents.
+        overwrite: whether a run that is there already may be replaced.
+
+    Raises:
+        InputError: the path holds another run, or is a file.
+    """
+
+    def __init__(self, path: str | Path, overwrite: bool = False) -> None:
+        self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"The run folder {self.path} is a file. Choose another path.")
+        if (self.path / MARKER).exists() and not overwrite:
+            raise InputError(f"{self.path} holds a run already. Choose another folder, or allow it to be overwritten.")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"The run folder {self.path} cannot be made: {error.strerror}. Choose another path."
+            ) from error
+
+    def fit_started(self, trainer: "BilevelTrainer", epochs: int, result: FitResult) -> None:
+        self._write_tables(trainer, result)
+
+    def epoch_ended(self, trainer: "BilevelTrainer", record: EpochRecord, result: FitResult) -> None:
+        if result.best is record:
+            weights = trainer.stn.model.state_dict()
+            write_atomically(self.path / "model.pt", lambda path: torch.save(weights, path))
+        self._write_tables(trainer, result)
+
+    def fit_ended(self, trainer: "BilevelTrainer", result: FitResult) -> None:
+        self._write_tables(trainer, result)
+        if result.history:
+            write_atomically(
+                self.path / "schedule.png", lambda path: draw(result, trainer.stn.hparams.specs()).savefig(path)
+            )
+
+    def _write_tables(self, trainer: "BilevelTrainer", result: FitResult) -> None:
+        self._json("schedule.json", [asdict(point) for point in result.schedule])
+        self._csv("schedule.csv", [flat(point) for point in result.schedule])
+        history = [asdict(record) for record in result.history]
+        self._json("history.json", history)
+        if history:
+            self._csv("history.csv", history)
+        # Last, because it marks the folder as one that holds a run.
+        self._json(MARKER, summary(result, trainer.stn.hparams.specs()))
+
+    def _json(self, name: str, content: Any) -> None:
+        text = json.dumps(content, indent=2) + "\n"
+        write_atomically(self.path / name, lambda path: _write_text(path, text))
+
+    def _csv(self, name: str, rows: list[dict[str, Any]]) -> None:
+        def write(path: Path) -> None:
+            with path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+
+        write_atomically(self.path / name, write)
+
+
+def flat(point: SchedulePoint) -> dict[str, float]:
+    """One row of `schedule.csv`: counters, then `NAME` for each value, then `NAME scale` for each scale."""
+    row: dict[str, float] = {"epoch": point.epoch, "inner_step": point.inner_step, "outer_step": point.outer_step}
+    return row | point.values | {f"{name} scale": scale for name, scale in point.scales.items()}
+
+
+def summary(result: FitResult, specs: list[dict[str, object]]) -> dict[str, object]:
+    """Content of `values.json`."""
+    best = result.best
+    at_best = next((p for p in reversed(result.schedule) if best and p.inner_step <= best.inner_step), None)
+    return {
+        "values": result.values,
+        "initial_values": result.schedule[0].values,
+        "scales": result.schedule[-1].scales,
+        "best_epoch": best and {**asdict(best), "values": at_best and at_best.values},
+        "interrupted": result.interrupted,
+        "hyperparameters": specs,
+    }
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text)

@@ -1,0 +1,125 @@
+"""The algorithms: `DeltaSTN` tunes; `FixedHyperparameters` trains the same model without tuning, the fair baseline."""
+
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import torch.nn.functional as F
+
+from stn_fx.bilevel.algorithm import Algorithm, InnerRecord, OuterRecord, training_mode
+from stn_fx.bilevel.objective import Loss, Objective
+from stn_fx.bilevel.optimizers import OptimizerChoice
+from stn_fx.bilevel.updates import base_update, hyper_update, response_update
+from stn_fx.errors import InputError
+
+if TYPE_CHECKING:
+    from stn_fx.transform import SelfTuningModule
+
+ENTROPY_WEIGHT = 1e-3
+
+
+class DeltaSTNOptions(TypedDict, total=False):
+    """Keyword arguments of `DeltaSTN`, as `BilevelTrainer` hands them on."""
+
+    base_optimizer: OptimizerChoice
+    response_optimizer: OptimizerChoice
+    hyper_optimizer: OptimizerChoice
+    scale_optimizer: OptimizerChoice
+    entropy_weight: float
+
+
+class DeltaSTN(Algorithm):
+    """Delta-STN (Bae & Grosse 2020, arXiv 2010.13514): follows the validation loss through the learned best response.
+
+    In an own loop::
+
+        steps = stn_fx.DeltaSTN(stn, loss=F.cross_entropy)
+        for i, batch in enumerate(train_loader):
+            steps.inner_step(batch)
+            if i % 5 == 4:
+                steps.outer_step(next(valid_batches))
+
+    Learning rates cannot be tuned this way: the hypergradient flows through the weights that training converges to, and
+    they do not depend on the learning rate.
+
+    Args:
+        stn: the wrapped model.
+        loss: `loss(output, target)` returning per-example losses or their mean, or an `Objective`.
+        base_optimizer: torch optimizer over `stn.base_parameters()`, a factory that is given the list of them, or None
+            for the default of `stn_fx.bilevel.optimizers`. The same for the others.
+        response_optimizer: over `stn.response_parameters()`.
+        hyper_optimizer: over `[stn.hparams.raw]`.
+        scale_optimizer: over `[stn.hparams.raw_scale]`.
+        entropy_weight: tau in `L_valid - tau * entropy(scale)`, per nat.
+
+    Raises:
+        InputError: an optimizer over other parameters, or with a weight decay beside the hyperparameter weight_decay.
+    """
+
+    tunes = True
+
+    def __init__(
+        self,
+        stn: "SelfTuningModule",
+        loss: Loss | Objective = F.cross_entropy,
+        *,
+        base_optimizer: OptimizerChoice = None,
+        response_optimizer: OptimizerChoice = None,
+        hyper_optimizer: OptimizerChoice = None,
+        scale_optimizer: OptimizerChoice = None,
+        entropy_weight: float = ENTROPY_WEIGHT,
+    ) -> None:
+        super().__init__(
+            stn,
+            loss,
+            {
+                "base": base_optimizer,
+                "response": response_optimizer,
+                "hyper": hyper_optimizer,
+                "scale": scale_optimizer,
+            },
+        )
+        self.entropy_weight = entropy_weight
+
+    def inner_step(self, content: Any) -> InnerRecord:
+        """One update of the base parameters, then one of the response parameters with fresh perturbations."""
+        batch = self.prepare(content)
+        with training_mode(self.stn):
+            loss = base_update(self.stn, self.objective, self.optimizers["base"], batch)
+            response_loss = response_update(self.stn, self.objective, self.optimizers["response"], batch)
+        return InnerRecord(loss, response_loss)
+
+    def outer_step(self, content: Any) -> OuterRecord:
+        """One update of raw hyperparameters and scales; base, response and buffers are untouched."""
+        batch = self.prepare(content)
+        optimizers = [self.optimizers["hyper"], self.optimizers["scale"]]
+        return OuterRecord(hyper_update(self.stn, self.objective, optimizers, batch, self.entropy_weight))
+
+
+class FixedHyperparameters(Algorithm):
+    """Ordinary training of the wrapped model: the base pass alone, at hyperparameters that stay as they are.
+
+    Args:
+        stn: the wrapped model.
+        loss: as for `DeltaSTN`.
+        base_optimizer: as for `DeltaSTN`.
+    """
+
+    tunes = False
+
+    def __init__(
+        self,
+        stn: "SelfTuningModule",
+        loss: Loss | Objective = F.cross_entropy,
+        *,
+        base_optimizer: OptimizerChoice = None,
+    ) -> None:
+        super().__init__(stn, loss, {"base": base_optimizer})
+
+    def inner_step(self, content: Any) -> InnerRecord:
+        """One update of the base parameters."""
+        batch = self.prepare(content)
+        with training_mode(self.stn):
+            return InnerRecord(base_update(self.stn, self.objective, self.optimizers["base"], batch))
+
+    def outer_step(self, content: Any) -> OuterRecord:
+        """Refused: fixed hyperparameters have no outer step."""
+        raise InputError("FixedHyperparameters has no outer step. Use DeltaSTN to tune.")

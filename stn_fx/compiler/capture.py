@@ -1,0 +1,293 @@
+"""Capture: an unmodified module and one example batch -> two functional ATen graphs, training and evaluation.
+
+Each graph is a function of (state, inputs): parameters, buffers and constants are placeholders that know their
+qualified names.  The user's module, its modes, hooks, parameters and the global generators are as before, also when
+capture fails.
+"""
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+from torch.utils import _pytree as pytree
+
+from stn_fx.compiler.functionalize import functionalize
+from stn_fx.errors import CaptureError, InputError
+from stn_fx.rules.drop_path import marked_forward
+
+aten = torch.ops.aten
+
+
+@dataclass
+class CapturedGraph:
+    """One functional graph.
+
+    ``state``: placeholder name -> qualified name of a parameter, buffer or constant; ``inputs``: placeholder names of
+    the flattened user inputs, in order; ``buffer_updates``: qualified name of a buffer -> node of its new value;
+    ``batch_symbol``: the symbol of the batch size in the shapes.
+    """
+
+    graph: Graph
+    training: bool
+    state: dict[str, str]
+    inputs: list[str]
+    buffer_updates: dict[str, Node]
+    batch_symbol: Any
+    output_spec: pytree.TreeSpec
+
+    def placeholders(self) -> dict[str, Node]:
+        """Placeholder nodes by name."""
+        return {node.name: node for node in self.graph.nodes if node.op == "placeholder"}
+
+
+@dataclass
+class CapturedModel:
+    """Both graphs of a model, with what is common to them."""
+
+    training: CapturedGraph
+    evaluation: CapturedGraph
+    input_spec: pytree.TreeSpec
+    batch_axes: list[int | None]
+    example: list[Any]
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch_axes: list[int | None]) -> Any:
+    """Capture ``model`` in both modes with a dynamic batch.
+
+    ``batch_axes`` names the batch axis of every flattened input (None = not batched).
+
+    Raises:
+        CaptureError: with the place and the reason that torch.export gives.
+    """
+    flat, spec = pytree.tree_flatten((args, kwargs))
+    notes: list[str] = []
+    flat = _at_least_two_examples(flat, batch_axes, notes)
+    args, kwargs = pytree.tree_unflatten(flat, spec)
+    constants: dict[str, Tensor] = {}
+    graphs = {}
+    with _left_as_found(model), _markers(model):
+        _register_dataclasses(model, args, kwargs)
+        for training in (True, False):
+            _set_mode(model, training)
+            program = _export(model, args, kwargs, flat, batch_axes, training)
+            constants.update({name: value for name, value in program.constants.items() if isinstance(value, Tensor)})
+            graphs[training] = _to_captured(program, training, flat, batch_axes)
+    return CapturedModel(graphs[True], graphs[False], spec, batch_axes, flat, constants, notes)
+
+
+def _export(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    flat: list[Any],
+    batch_axes: list[int | None],
+    training: bool,
+) -> torch.export.ExportedProgram:
+    shapes = torch.export.ShapesCollection()
+    batch = torch.export.Dim("batch")
+    for value, axis in zip(flat, batch_axes, strict=True):
+        if axis is not None:
+            shapes[value] = {axis: batch}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        mode = "training" if training else "evaluation"
+        raise CaptureError(
+            f"{type(model).__name__} could not be captured in {mode} mode with a dynamic batch: "
+            f"{_first_lines(error)}\nRemedy: make the forward independent of the data's values and of the batch size "
+            f"(torch.export says where), name the batch axis with batch_axis=, or pass inputs of the usual shape."
+        ) from error
+
+
+def _first_lines(error: Exception, count: int = 8) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return f"{type(error).__name__}: " + "\n  ".join(lines[:count])
+
+
+def _to_captured(
+    program: torch.export.ExportedProgram, training: bool, flat: list[Any], batch_axes: list[int | None]
+) -> CapturedGraph:
+    signature = program.graph_signature
+    state = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    graph = _inline_regions(program.graph_module)
+    _drop_assertions(graph)
+    inputs = [node.name for node in graph.nodes if node.op == "placeholder" and node.name not in state]
+    graph, updates = functionalize(graph, dict(signature.inputs_to_buffers))
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+    symbol = None
+    for name, axis in zip(inputs, batch_axes, strict=True):
+        if axis is not None:
+            symbol = placeholders[name].meta["val"].shape[axis].node.expr
+    live = set(graph.nodes)
+    updates = {state[name]: node for name, node in updates.items() if node in live}
+    return CapturedGraph(graph, training, state, inputs, updates, symbol, program.call_spec.out_spec)
+
+
+def _inline_regions(module: torch.fx.GraphModule) -> Graph:
+    """Copy of the graph in which ``no_grad`` and autocast regions are inlined; gradients stop at a no_grad region."""
+    graph = Graph()
+
+    def copy(source: torch.fx.GraphModule, env: dict[Node, Any]) -> Any:
+        for node in source.graph.nodes:
+            if node.op == "output":
+                return torch.fx.node.map_arg(node.args[0], lambda n: env[n])
+            if node.op == "get_attr":
+                value = getattr(source, node.target)
+                env[node] = value if isinstance(value, torch.fx.GraphModule) else graph.node_copy(node)
+            elif node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator):
+                env[node] = inline(node, env)
+            elif node.op == "call_function" and _indexes_region(node, env):
+                env[node] = env[node.args[0]][node.args[1]]
+            elif node not in env:
+                env[node] = graph.node_copy(node, lambda n: env[n])
+        return None
+
+    def inline(node: Node, env: dict[Node, Any]) -> Any:
+        bodies = [a for a in node.args if isinstance(a, Node) and isinstance(env.get(a), torch.fx.GraphModule)]
+        if node.target.name() not in ("wrap_with_set_grad_enabled", "wrap_with_autocast") or len(bodies) != 1:
+            raise CaptureError(
+                f"The forward uses {node.target.name()}, which stn_fx cannot look into. Remedy: write it as plain "
+                f"tensor code, or leave that module out of the captured forward."
+            )
+        body = env[bodies[0]]
+        operands = node.args[node.args.index(bodies[0]) + 1 :]
+        holders = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
+        inner_env = dict(zip(holders, torch.fx.node.map_arg(operands, lambda n: env[n]), strict=True))
+        outputs = copy(body, inner_env)
+        if node.target.name() == "wrap_with_set_grad_enabled" and not node.args[0]:
+            outputs = [_detached(graph, output) for output in outputs]
+        return list(outputs)
+
+    graph.output(copy(module, {}))
+    return graph
+
+
+def _indexes_region(node: Node, env: dict[Node, Any]) -> bool:
+    return node.target.__name__ == "getitem" and isinstance(env.get(node.args[0]), list)
+
+
+def _detached(graph: Graph, node: Any) -> Any:
+    if not isinstance(node, Node) or not isinstance(node.meta.get("val"), Tensor):
+        return node
+    detached = graph.call_function(aten.detach.default, (node,))
+    detached.meta = dict(node.meta)
+    return detached
+
+
+def _drop_assertions(graph: Graph) -> None:
+    """Remove run-time assertions: they hold for the captured shapes, and whatever is left is told by the operators."""
+    for node in reversed(list(graph.nodes)):
+        name = getattr(node.target, "__name__", str(node.target))
+        if node.op == "call_function" and not node.users and ("assert" in name or "sym_constrain" in name):
+            graph.erase_node(node)
+
+
+def _at_least_two_examples(flat: list[Any], batch_axes: list[int | None], notes: list[str]) -> list[Any]:
+    sizes = {v.shape[a] for v, a in zip(flat, batch_axes, strict=True) if a is not None}
+    if not sizes:
+        raise InputError("No input has a batch axis. Pass at least one tensor that holds a batch of examples.")
+    if len(sizes) > 1:
+        raise InputError(
+            f"The inputs disagree on the batch size: {sorted(sizes)}. Name the batch axis of every input with batch_axis=."
+        )
+    # Distinct tensors, so that each gets its own dynamic dimension, detached from the caller's graph.
+    flat = [v.detach().clone() if isinstance(v, Tensor) else v for v in flat]
+    if sizes != {1}:
+        return flat
+    notes.append("the example batch had one row; it was repeated, since capture would fix a batch of one")
+    return [v if a is None else torch.cat([v, v], a) for v, a in zip(flat, batch_axes, strict=True)]
+
+
+def _set_mode(model: nn.Module, training: bool) -> None:
+    """Evaluation everywhere; for training keep submodules that the user holds in evaluation mode inside it."""
+    if not training:
+        model.eval()
+    elif not model.training:
+        model.train()
+
+
+@contextlib.contextmanager
+def _left_as_found(model: nn.Module) -> Iterator[None]:
+    """Modes, global generators and the attention fast path as before, whatever happens inside."""
+    modes = {module: module.training for module in model.modules()}
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=[d for d in devices if d is not None]):
+            torch.backends.mha.set_fastpath_enabled(False)
+            yield
+            for module, training in modes.items():
+                module.training = training
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextlib.contextmanager
+def _markers(model: nn.Module) -> Iterator[None]:
+    """Recognised modules call their marker while this is open."""
+    patched = []
+    try:
+        for module in model.modules():
+            forward = marked_forward(module)
+            if forward is not None and "forward" not in vars(module):
+                module.__dict__["forward"] = forward
+                patched.append(module)
+        yield
+    finally:
+        for module in patched:
+            del module.__dict__["forward"]
+
+
+def _register_dataclasses(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Dataclasses among inputs and outputs must be known to torch's pytree before export."""
+    training = {module: module.training for module in model.modules()}
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            output = model(*args, **kwargs)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} does not run on the example inputs: {_first_lines(error, 3)}\nRemedy: pass "
+            f"example_inputs of the shape, dtype and device that the model expects."
+        ) from error
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in buffers and not torch.equal(buffer, buffers[name]):
+                    buffer.copy_(buffers[name])
+    _register_types(output)
+    _register_types((args, kwargs))
+
+
+def _register_types(value: Any) -> None:
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            _register_types(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            _register_types(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        if type(value) not in pytree.SUPPORTED_NODES:
+            torch.export.register_dataclass(type(value))
+        for each in dataclasses.fields(value):
+            _register_types(getattr(value, each.name))

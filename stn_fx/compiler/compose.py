@@ -1,0 +1,118 @@
+"""Linear computations on a weight before its use: which axis stays the row axis, and how a response passes through."""
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from stn_fx.rules.rule import Emitter, StructuredChange
+
+aten = torch.ops.aten
+
+_SAME = {
+    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.contiguous.default,
+    aten.clone.default, aten.alias.default, aten.lift_fresh_copy.default, aten.type_as.default,
+}  # fmt: skip
+_SPLITS = {aten.split.Tensor, aten.chunk.default, aten.split_with_sizes.default}
+
+
+def passes_structure(node: Node) -> bool:
+    """Whether a structured response can pass this operator (for some row axis)."""
+    return (
+        node.target in _SAME | _SPLITS
+        or node.target in (aten.slice.Tensor, aten.t.default, aten.transpose.int, operator.getitem)
+        or node.target in (aten.view.default, aten.reshape.default, aten.squeeze.dim, aten.unsqueeze.default)
+    )
+
+
+def map_row_axis(node: Node, axis: int, low_rank: bool) -> int | None:
+    """Row axis after the operator, given the one before; None where it does not survive."""
+    source = node.args[0].meta.get("val")
+    if node.target in _SAME | _SPLITS or node.target is aten.slice.Tensor or node.target is operator.getitem:
+        return axis
+    if not isinstance(source, Tensor):
+        return None
+    rank = source.ndim
+    if node.target is aten.t.default and rank == 2:
+        return 1 - axis
+    if node.target is aten.transpose.int:
+        first, second = node.args[1] % rank, node.args[2] % rank
+        if low_rank and rank != 2:
+            return None
+        return {first: second, second: first}.get(axis, axis)
+    shape = node.meta["val"].shape
+    if axis == 0 and shape and shape[0] == source.shape[0] and len(shape) > 1:  # reshapes of what each row holds
+        return 0
+    return None
+
+
+def compose(emit: Emitter, node: Node, change: StructuredChange, axis: int) -> StructuredChange | None:
+    """The change of ``node``'s value, given that of its first argument (whose row axis is ``axis``)."""
+    row_axis = map_row_axis(node, axis, change.left is not None)
+    assert row_axis is not None, "the plan has checked it"
+    if node.target is operator.getitem:
+        return _pick(emit, node, change, axis)
+    cut = _cut(node)
+    if cut is not None and cut % len(node.args[0].meta["val"].shape) == axis:
+        scales_node = change.scales if change.left is not None else _cut_columns(emit, node, change.scales)
+        if change.left is not None:
+            return StructuredChange(change.factor, scales_node, row_axis, _cut_rows(emit, node, change.left))
+        return StructuredChange(emit.copy_with(node, 0, change.factor), scales_node, row_axis)
+    if change.left is None:
+        return StructuredChange(emit.copy_with(node, 0, change.factor), change.scales, row_axis)
+    return StructuredChange(_inner_factor(emit, node, change.factor, axis), change.scales, row_axis, change.left)
+
+
+def _pick(emit: Emitter, node: Node, change: StructuredChange, axis: int) -> StructuredChange:
+    """One part of a split: whatever the split has cut is a tuple."""
+    split, index = node.args
+    along_rows = (_cut(split) or 0) % len(split.args[0].meta["val"].shape) == axis
+    factor, scales, left = change.factor, change.scales, change.left
+    if left is None:
+        factor = emit.item(factor, index)
+        scales = emit.item(scales, index) if along_rows else scales
+    elif along_rows:
+        left = emit.item(left, index)
+    else:
+        factor = emit.item(factor, index)
+    return StructuredChange(factor, scales, axis, left)
+
+
+def _cut(node: Node) -> int | None:
+    """The axis that a slice or split cuts."""
+    if node.target is aten.slice.Tensor:
+        return node.args[1] if len(node.args) > 1 else 0
+    if node.target in _SPLITS:
+        return node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    return None
+
+
+def _with_axis(emit: Emitter, node: Node, tensor: Node, axis: int) -> Any:
+    arguments = list(node.args)
+    arguments[0] = tensor
+    position = 1 if node.target is aten.slice.Tensor else 2
+    arguments[position : position + 1] = [axis]
+    return emit.call(node.target, *[emit.value(a) if a is not tensor else a for a in arguments])
+
+
+def _cut_columns(emit: Emitter, node: Node, scales: Node) -> Any:
+    return _with_axis(emit, node, scales, 1)
+
+
+def _cut_rows(emit: Emitter, node: Node, left: Node) -> Any:
+    return _with_axis(emit, node, left, 0)
+
+
+def _inner_factor(emit: Emitter, node: Node, factor: Node, axis: int) -> Any:
+    """``B`` (r, the other axes) after an operator that leaves the rows alone."""
+    if node.target in (aten.t.default, aten.transpose.int):
+        return factor
+    if node.target in (aten.view.default, aten.reshape.default, aten.squeeze.dim, aten.unsqueeze.default):
+        shape = [int(size) for size in node.meta["val"].shape[1:]]
+        return emit.call(aten.reshape.default, factor, [-1, *shape])
+    if node.target is aten.slice.Tensor or node.target in _SPLITS:
+        cut = (_cut(node) or 0) % len(node.args[0].meta["val"].shape)
+        return _with_axis(emit, node, factor, cut + 1 if cut < axis else cut)
+    return emit.copy_with(node, 0, factor)

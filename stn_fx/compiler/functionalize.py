@@ -1,0 +1,171 @@
+"""In-place operators made functional, and views of what they changed rebuilt: tangents need values that stay.
+
+Aliases are read off the captured values (views share their storage).  An in-place operator on a view is written back
+into its base (``slice_scatter``, ``select_scatter``, or the inverse of a pure view); every other alias that is used
+later is rebuilt from the new base.  In-place changes of buffers become an explicit last-moment ``copy_`` that only the
+base pass keeps (``buffer_updates``).
+"""
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from stn_fx.errors import CaptureError
+
+aten = torch.ops.aten
+
+_RENAMED = {
+    aten.bernoulli_.float: lambda x, p=0.5, **_: (aten.bernoulli.p, (x, p)),
+    aten.copy_.default: lambda x, source, *_: (aten.copy.default, (x, source)),
+    aten.detach_.default: lambda x: (aten.detach.default, (x,)),
+    aten.zero_.default: lambda x: (aten.zeros_like.default, (x,)),
+}
+
+
+def functionalize(graph: Graph, is_buffer: dict[str, str]) -> tuple[Graph, dict[str, Node]]:
+    """Functional copy of ``graph``; also the new value of every buffer (placeholder name -> node) that changed.
+
+    Raises:
+        CaptureError: an in-place operator without a functional counterpart, or on a view that cannot be written back.
+    """
+    return _Functionalizer(is_buffer).run(graph)
+
+
+class _Functionalizer:
+    def __init__(self, is_buffer: dict[str, str]) -> None:
+        self.is_buffer = is_buffer
+        self.graph = Graph()
+        self.env: dict[Node, Node] = {}
+        self.base: dict[Node, Node] = {}  # view -> what it is a view of
+        self.version: dict[Node, int] = {}  # root -> how often it was changed
+        self.built: dict[Node, int] = {}  # node -> version of its root that env holds
+        self.changed_buffers: dict[str, Node] = {}
+
+    def run(self, graph: Graph) -> tuple[Graph, dict[str, Node]]:
+        for node in graph.nodes:
+            if node.op == "output":
+                self.graph.output(map_arg(node.args[0], self.current))
+            elif mutates_first_argument(node):
+                self.mutate(node)
+            else:
+                self.env[node] = self.graph.node_copy(node, self.current)
+                self.note_alias(node)
+        return self.graph, self.changed_buffers
+
+    def note_alias(self, node: Node) -> None:
+        source = node.args[0] if node.args and isinstance(node.args[0], Node) else None
+        if source is not None and shares_storage(node, source):
+            self.base[node] = source
+        self.built[node] = self.version.get(self.root(node), 0)
+
+    def root(self, node: Node) -> Node:
+        while node in self.base:
+            node = self.base[node]
+        return node
+
+    def current(self, node: Node) -> Node:
+        """The node's value in the new graph, rebuilt if something that it aliases has changed since."""
+        version = self.version.get(self.root(node), 0)
+        if self.built.get(node, 0) != version:
+            rebuilt = self.graph.node_copy(node, self.current)
+            self.env[node], self.built[node] = rebuilt, version
+        return self.env[node]
+
+    def mutate(self, node: Node) -> None:
+        target, own_arguments = _functional_form(node)
+        arguments = node.args if own_arguments is None else own_arguments
+        options = dict(node.kwargs) if own_arguments is None else {}
+        new = self.graph.call_function(target, map_arg(arguments, self.current), map_arg(options, self.current))
+        new.meta = dict(node.meta)
+        root = self.root(node.args[0])
+        version = self.version[root] = self.version.get(root, 0) + 1
+        alias, value = node.args[0], new
+        while True:
+            self.env[alias], self.built[alias] = value, version
+            if alias not in self.base:
+                break
+            value = self.write_back(alias, value)
+            alias = self.base[alias]
+        self.env[node], self.base[node] = new, node.args[0]
+        self.built[node] = version
+        if root.op == "placeholder" and root.name in self.is_buffer:
+            self.changed_buffers[root.name] = self.env[root]
+
+    def write_back(self, view: Node, value: Node) -> Node:
+        """The base of ``view`` with ``value`` written into it."""
+        parent = self.base[view]
+        whole = self.env[parent]
+        target, arguments = view.target, map_arg(view.args[1:], self.current)
+        if target is aten.slice.Tensor:
+            new = self.graph.call_function(aten.slice_scatter.default, (whole, value, *arguments))
+        elif target is aten.select.int:
+            new = self.graph.call_function(aten.select_scatter.default, (whole, value, *arguments))
+        elif target in (aten.transpose.int,):
+            new = self.graph.call_function(target, (value, *arguments))
+        elif target is aten.permute.default:
+            order = list(arguments[0])
+            inverse = [order.index(axis) for axis in range(len(order))]
+            new = self.graph.call_function(target, (value, inverse))
+        elif _same_elements(view, parent):
+            new = self.graph.call_function(aten.reshape_as.default, (value, whole))
+        else:
+            raise CaptureError(
+                f"{where(view)}: an in-place operator changes a view made by {target}, which cannot be written back "
+                f"into its base. Write the change out of place (x = x.add(...) instead of x.add_(...))."
+            )
+        new.meta = dict(parent.meta)
+        return new
+
+
+def mutates_first_argument(node: Node) -> bool:
+    """Whether this call writes into its first argument (``batch_norm``'s hidden update is not meant)."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    arguments = node.target._schema.arguments
+    writes = bool(arguments) and arguments[0].alias_info is not None and arguments[0].alias_info.is_write
+    return writes and isinstance(node.args[0], Node)
+
+
+def _functional_form(node: Node) -> tuple[Any, tuple[Any, ...] | None]:
+    """Functional operator, and its arguments where they differ from those of the in-place one."""
+    if node.target in _RENAMED:
+        return _RENAMED[node.target](*node.args, **node.kwargs)
+    name, overload = node.target._opname, node.target._overloadname
+    packet = getattr(aten, name.rstrip("_"), None) if name.endswith("_") else None
+    if packet is not None and overload in packet.overloads():
+        return getattr(packet, overload), None
+    raise CaptureError(
+        f"{where(node)}: {node.target} changes a tensor in place and has no functional counterpart. Write it out of "
+        f"place, or add a rule for the module."
+    )
+
+
+def shares_storage(node: Node, other: Node) -> bool:
+    """Whether the captured values of two nodes are views of the same memory."""
+    left, right = node.meta.get("val"), other.meta.get("val")
+    if not isinstance(left, Tensor) or not isinstance(right, Tensor) or node.target is operator.getitem:
+        return False
+    return left.untyped_storage()._cdata == right.untyped_storage()._cdata
+
+
+def _same_elements(view: Node, parent: Node) -> bool:
+    left, right = view.meta["val"], parent.meta["val"]
+    return bool(left.numel() == right.numel())
+
+
+def where(node: Node) -> str:
+    """Place of a node in the user's terms: module path and source line."""
+    path = module_path(node)
+    trace = (node.meta.get("stack_trace") or "").strip().splitlines()
+    line = trace[-1].strip() if trace else str(node.target)
+    return f"{path or 'the model'} ({line})"
+
+
+def module_path(node: Node) -> str:
+    """Qualified name of the innermost module that the node was captured in; "" for the model itself."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return stack[-1][0].split("@")[0] if stack else ""

@@ -1,0 +1,183 @@
+"""Analysis: where the batch lies in every value of a captured graph.  Decided by evidence, never guessed.
+
+Symbolic shapes say which axes depend on the batch size.  A dependency probe says which rows belong to which example:
+the graph runs on three examples with random parameters, one example poisoned with NaN, and the rows that turn NaN are
+that example's.  Norms run on fixed statistics and nothing is dropped, so that examples stay independent; a value in
+which they do not (a mean over the batch) has no layout.  Token inputs cannot hold NaN: there, the floating values that
+are first computed from them are poisoned.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from stn_fx.compiler.capture import CapturedGraph, CapturedModel
+from stn_fx.rules.drop_path import drop_path_site
+from stn_fx.rules.dropout import dropout_site
+from stn_fx.rules.input_sites import cutout_site, input_dropout_site
+from stn_fx.rules.layout import BatchLayout
+
+aten = torch.ops.aten
+PROBE_EXAMPLES, POISONED = 3, 1
+
+_IDENTITIES = {
+    aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default,
+    torch.ops.stn_fx.drop_path.default, dropout_site, drop_path_site, cutout_site, input_dropout_site,
+}  # fmt: skip
+
+
+def analyse_layouts(captured: CapturedGraph, model: CapturedModel, state: dict[str, Tensor]) -> dict[Node, BatchLayout]:
+    """Layout of every node that carries the batch and whose layout is decided."""
+    rows = _poisoned_rows(captured, model, state)
+    layouts = {}
+    for node in captured.graph.nodes:
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):
+            continue
+        layout = _decide(symbolic_axes(value, captured.batch_symbol), rows.get(node))
+        if layout is not None:
+            layouts[node] = layout
+    return layouts
+
+
+def symbolic_axes(value: Tensor, symbol: Any) -> dict[int, int | None]:
+    """Axes whose size depends on the batch size: axis -> coefficient (None where it is not a multiple)."""
+    found: dict[int, int | None] = {}
+    for axis, size in enumerate(value.shape):
+        if isinstance(size, torch.SymInt) and symbol in getattr(size.node.expr, "free_symbols", ()):
+            ratio = size.node.expr / symbol
+            found[axis] = int(ratio) if getattr(ratio, "is_Integer", False) else None
+    return found
+
+
+def unit_size(size: Any, symbol: Any) -> Any:
+    """The size at B = 1."""
+    expression = size.node.expr if isinstance(size, torch.SymInt) else None
+    return size if expression is None else int(expression.subs(symbol, 1))
+
+
+def _decide(axes: dict[int, int | None], rows: dict[int, set[int]] | None) -> BatchLayout | None:
+    """Layout from the symbolic axes and the poisoned rows along each (None = the probe could not see this value)."""
+    if rows is None:  # integers and booleans: the shape alone, where it leaves no choice
+        plain = [axis for axis, count in axes.items() if count == 1]
+        return BatchLayout(plain[0]) if len(axes) == 1 and plain else None
+    fitting = []
+    for axis, count in axes.items():
+        for inner in range(1, (count or 0) + 1):
+            if count is None or count % inner:
+                continue
+            outer = count // inner
+            expected = {(o * PROBE_EXAMPLES + POISONED) * inner + i for o in range(outer) for i in range(inner)}
+            if rows.get(axis) and rows[axis] <= expected and _covers(rows[axis], expected, outer, inner):
+                fitting.append(BatchLayout(axis, outer, inner))
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _covers(rows: set[int], expected: set[int], outer: int, inner: int) -> bool:
+    return outer * inner == 1 or rows == expected
+
+
+def _poisoned_rows(
+    captured: CapturedGraph, model: CapturedModel, state: dict[str, Tensor]
+) -> dict[Node, dict[int, set[int]]]:
+    """For every floating value that the poison reaches: along each batch axis, the rows that hold a NaN."""
+    generator = torch.Generator().manual_seed(0)
+    env: dict[Node, Any] = {}
+    carries: set[Node] = set()
+    depends: set[Node] = set()
+    found: dict[Node, dict[int, set[int]]] = {}
+    inputs = dict(zip(captured.inputs, zip(model.example, model.batch_axes, strict=True), strict=True))
+    last_use = _last_uses(captured)
+    for position, node in enumerate(captured.graph.nodes):
+        if node.op == "output":
+            break
+        if node.op == "placeholder":
+            env[node] = _probe_placeholder(node, captured, inputs, state, generator)
+            if node.name in inputs and inputs[node.name][1] is not None:
+                depends.add(node)
+                if isinstance(env[node], Tensor) and env[node].is_floating_point():
+                    _poison(env[node], inputs[node.name][1])
+                    carries.add(node)
+        else:
+            # Sizes carry no example's values: an expanded class token depends on none.
+            sources = {n for n in node.all_input_nodes if isinstance(env[n], (Tensor, tuple, list))}
+            env[node] = _run(node, env)
+            if sources & depends:
+                depends.add(node)
+            if sources & carries:
+                carries.add(node)
+            elif node in depends and _can_poison(node, captured):
+                env[node] = env[node].clone()
+                _poison(env[node], next(iter(symbolic_axes(node.meta["val"], captured.batch_symbol))))
+                carries.add(node)
+        value = env[node]
+        if node in carries and isinstance(value, Tensor) and value.is_floating_point():
+            axes = symbolic_axes(node.meta["val"], captured.batch_symbol)
+            bad = value.isnan()
+            found[node] = {axis: _rows(bad, axis) for axis in axes}
+        for done in last_use.get(position, ()):
+            env.pop(done, None)
+    return found
+
+
+def _last_uses(captured: CapturedGraph) -> dict[int, list[Node]]:
+    last: dict[Node, int] = {}
+    for position, node in enumerate(captured.graph.nodes):
+        for source in node.all_input_nodes:
+            last[source] = position
+    uses: dict[int, list[Node]] = {}
+    for node, position in last.items():
+        uses.setdefault(position, []).append(node)
+    return uses
+
+
+def _rows(bad: Tensor, axis: int) -> set[int]:
+    others = [a for a in range(bad.ndim) if a != axis]
+    along = bad.any(dim=others) if others else bad
+    return set(along.nonzero().flatten().tolist())
+
+
+def _poison(value: Tensor, axis: int) -> None:
+    value.select(axis, POISONED).fill_(float("nan"))
+
+
+def _can_poison(node: Node, captured: CapturedGraph) -> bool:
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
+    axes = symbolic_axes(value, captured.batch_symbol)
+    return len(axes) == 1 and next(iter(axes.values())) == 1
+
+
+def _probe_placeholder(
+    node: Node, captured: CapturedGraph, inputs: dict[str, Any], state: dict[str, Tensor], generator: torch.Generator
+) -> Any:
+    if node.name in inputs:
+        value, axis = inputs[node.name]
+        if axis is None:
+            return value
+        rows = torch.arange(PROBE_EXAMPLES, device=value.device) % value.shape[axis]
+        return value.index_select(axis, rows)
+    tensor = state[captured.state[node.name]].detach()
+    if isinstance(state[captured.state[node.name]], torch.nn.Parameter) and tensor.is_floating_point():
+        return torch.rand(tensor.shape, generator=generator).add_(0.5).to(tensor)
+    return tensor.clone()
+
+
+def _run(node: Node, env: dict[Node, Any]) -> Any:
+    if node.target in _IDENTITIES:
+        return env[node.args[0]]
+    arguments, options = map_arg(node.args, lambda n: env[n]), map_arg(dict(node.kwargs), lambda n: env[n])
+    if node.target is aten.batch_norm.default:
+        x, weight, bias, mean, variance, _, momentum, eps, cudnn = arguments
+        mean = x.new_zeros(x.shape[1]) if mean is None else mean
+        variance = torch.ones_like(mean) if variance is None else variance
+        arguments = (x, weight, bias, mean, variance, False, momentum, eps, cudnn)
+    if node.target is aten.scaled_dot_product_attention.default:
+        arguments = arguments[:4] + (0.0, *arguments[5:]) if len(arguments) > 4 else arguments
+        options = {name: value for name, value in options.items() if name != "dropout_p"}
+    with torch.no_grad():
+        return node.target(*arguments, **options)

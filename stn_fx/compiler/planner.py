@@ -1,0 +1,224 @@
+"""From captured graphs and the user's selections to the plan."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import Node
+
+from stn_fx.compiler.capture import CapturedGraph
+from stn_fx.compiler.layouts import BatchLayout
+from stn_fx.compiler.plan import ParameterPlan, Plan, SitePlan
+from stn_fx.compiler.sites import FoundSite
+from stn_fx.compiler.uses import GraphUses, ParameterFlow, WeightUse, effective_name, row_axes
+from stn_fx.errors import BatchLayoutError, UnknownHyperparameterError
+from stn_fx.hparams import ResolvedHyperparameter, Selection, SiteContext, resolve
+from stn_fx.rules import Registry
+from stn_fx.rules.structure import LowRank
+
+EXACT_LIMIT = 2**16
+"""Parameters without a rule for their use get the exact Jacobian up to this many scalars; beyond it costs too much."""
+
+
+@dataclass
+class AnalysedGraph:
+    """One captured graph with what the analysis found in it."""
+
+    captured: CapturedGraph
+    layouts: dict[Node, BatchLayout]
+    flow: ParameterFlow
+    uses: GraphUses
+
+
+def plan_parameters(
+    model: nn.Module, graphs: Iterable[AnalysedGraph], registry: Registry, response: LowRank | None
+) -> tuple[list[ParameterPlan], dict[str, dict[str, str]]]:
+    """Plan of every parameter and effective weight, and where the effective weights stand in each graph."""
+    graphs = list(graphs)
+    plans = [_plan_parameter(name, p, graphs, registry, response) for name, p in model.named_parameters()]
+    effective, where = _plan_effective(graphs, registry, response)
+    through = _through(graphs, where)
+    plans = [_covered(plan, through.get(plan.name, ())) for plan in plans]
+    return plans + effective, where
+
+
+def _plan_parameter(
+    name: str, parameter: Tensor, graphs: list[AnalysedGraph], registry: Registry, response: LowRank | None
+) -> ParameterPlan:
+    shape = tuple(parameter.shape)
+    weights = [use for graph in graphs for use in graph.uses.weights.get(name, [])]
+    general = [use for graph in graphs for use in graph.uses.general.get(name, [])]
+    count = len(graphs[-1].uses.weights.get(name, [])) + len(graphs[-1].uses.general.get(name, []))
+    if not parameter.requires_grad:
+        return ParameterPlan(name, shape, "frozen", uses=count, reason="requires_grad is False, so it does not respond")
+    if not parameter.is_floating_point():
+        return ParameterPlan(name, shape, "none", uses=count, reason=f"its dtype is {parameter.dtype}")
+    reasons = [reason for _, reason in general if reason]
+    if reasons:
+        return ParameterPlan(name, shape, "none", uses=count, reason=reasons[0])
+    if weights and not general:
+        plan = _structured(name, shape, weights, registry, response)
+        if plan is not None:
+            return plan
+    if not weights and not general:
+        return ParameterPlan(name, shape, "none", reason="the forward does not use it")
+    consumer = general[0][0] if general else weights[0].consumer
+    rule = registry.find(consumer)
+    if parameter.numel() > EXACT_LIMIT:
+        reason = f"no rule conditions its use by {consumer.target}, and {parameter.numel():,} scalars are too many for the exact Jacobian"  # noqa: E501
+        return ParameterPlan(name, shape, "none", uses=count, reason=reason)
+    return ParameterPlan(name, shape, "exact", rule=rule.name if rule else "any operator, per example", uses=count)
+
+
+def _structured(
+    name: str, shape: tuple[int, ...], uses: list[WeightUse], registry: Registry, response: LowRank | None
+) -> ParameterPlan | None:
+    """Row-wise or low-rank plan over an axis that every use allows; None where there is no such axis."""
+    rule = registry.find(uses[0].consumer)
+    assert rule is not None
+    rules = ", ".join(sorted({registry.find(use.consumer).name for use in uses}))  # type: ignore[union-attr]
+    calls = len({id(use.consumer.graph) for use in uses}) or 1
+    for low_rank in (True, False) if response is not None else (False,):
+        candidates = [row_axes(use, registry, len(shape), low_rank) for use in uses]
+        common = [axis for axis in candidates[0] if all(axis in other for other in candidates)]
+        common.sort(key=lambda axis: sum(other.index(axis) for other in candidates))
+        if not common:
+            continue
+        if not low_rank:
+            reason = "low rank would not be smaller than this layer" if response is not None else ""
+            return ParameterPlan(name, shape, "row-wise", rules, common[0], uses=len(uses) // calls, reason=reason)
+        assert response is not None
+        if _low_rank_is_smaller(shape, common[0], uses, response.rank):
+            return ParameterPlan(
+                name, shape, "low-rank", rules, common[0], response.rank, uses=len(uses) // calls
+            )
+    return None
+
+
+def _low_rank_is_smaller(shape: tuple[int, ...], axis: int, uses: list[WeightUse], rank: int) -> bool:
+    groups = max(_groups(use.consumer) for use in uses)
+    transposed = any("transpose" in str(use.consumer.target) and groups > 1 for use in uses)
+    rest = 1
+    for other, size in enumerate(shape):
+        rest *= size if other != axis else 1
+    return not transposed and rank * groups < shape[axis] and rank < rest
+
+
+def _groups(node: Node) -> int:
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    if "groups" not in names:
+        return 1
+    position = names.index("groups")
+    return int(node.args[position] if position < len(node.args) else node.kwargs.get("groups", 1))  # type: ignore[arg-type]
+
+
+def _plan_effective(
+    graphs: list[AnalysedGraph], registry: Registry, response: LowRank | None
+) -> tuple[list[ParameterPlan], dict[str, dict[str, str]]]:
+    plans: dict[str, ParameterPlan] = {}
+    where: dict[str, dict[str, str]] = {}
+    for graph in graphs:
+        kind = "training" if graph.captured.training else "evaluation"
+        where[kind] = {}
+        for node, uses in graph.uses.effective.items():
+            name = effective_name(uses[0], graph.flow)
+            shape = tuple(int(size) for size in node.meta["val"].shape)
+            plan = _structured(name, shape, uses, registry, response)
+            if plan is not None and plans.get(name, plan).shape == shape:
+                plans[name] = ParameterPlan(**{**vars(plan), "is_effective": True})
+                where[kind][node.name] = name
+    both = set(where["training"].values()) & set(where["evaluation"].values())
+    where = {kind: {node: name for node, name in found.items() if name in both} for kind, found in where.items()}
+    return [plan for name, plan in plans.items() if name in both], where
+
+
+def _through(graphs: list[AnalysedGraph], where: dict[str, dict[str, str]]) -> dict[str, tuple[str, ...]]:
+    found: dict[str, set[str]] = {}
+    for graph in graphs:
+        names = where["training" if graph.captured.training else "evaluation"]
+        for parameter, nodes in graph.uses.through.items():
+            found.setdefault(parameter, set()).update(names[node.name] for node in nodes if node.name in names)
+    return {name: tuple(sorted(values)) for name, values in found.items() if values}
+
+
+def _covered(plan: ParameterPlan, through: tuple[str, ...]) -> ParameterPlan:
+    if not through or plan.structure != "none" or plan.uses:
+        return plan
+    return ParameterPlan(
+        plan.name, plan.shape, "effective", through=through, reason=f"responds through {', '.join(through)}"
+    )
+
+
+def plan_sites(
+    found: list[FoundSite], selections: list[Selection], layouts: dict[Node, BatchLayout], image_size: Any
+) -> tuple[list[SitePlan], list[ResolvedHyperparameter]]:
+    """Which hyperparameter acts at which site.
+
+    Raises:
+        UnknownHyperparameterError: a selection that matches nothing, all of them together.
+        BatchLayoutError: a selected site whose batch layout is undecided.
+    """
+    hyperparameters: dict[str, ResolvedHyperparameter] = {}
+    acting: dict[str, tuple[tuple[str, str], ...]] = {}
+    undecided: list[str] = []
+    missed: list[str] = []
+    for selection in selections:
+        sites = [site for site in found if _selected(site, selection)]
+        if not sites and selection.entry.kind != "loss":
+            if selection.required:
+                missed.append(_missed(selection, found))
+            continue
+        if selection.entry.kind == "loss":
+            for each in resolve(selection, SiteContext(image_size=image_size)):
+                hyperparameters[each.name] = each
+            continue
+        active = max((site.own_rate for site in sites), default=0.0)
+        for site in sites:
+            if site.name in acting and site.entry == selection.entry.name and _taken(site, acting):
+                continue
+            if site.node not in layouts:
+                undecided.append(f"{selection.entry.name} at {site.name}")
+                continue
+            own = active if selection.shared else site.own_rate
+            resolved = resolve(selection, SiteContext(own or None, image_size), site.name)
+            for each in resolved:
+                hyperparameters.setdefault(each.name, each)
+            acting[_key(site)] = tuple((each.component, each.name) for each in resolved)
+    if missed:
+        raise UnknownHyperparameterError("\n".join(missed))
+    if undecided:
+        raise BatchLayoutError(
+            f"The place of the batch is undecided at: {', '.join(undecided)}. Remedy: name the inputs' batch axis with "
+            f"batch_axis=, or choose other sites with a pattern, such as 'dropout@encoder'."
+        )
+    plans = [
+        SitePlan(
+            site.name, site.entry, site.node.name, site.own_rate, site.inserted, layouts.get(site.node),
+            acting.get(_key(site), ()), "" if _key(site) in acting else "no hyperparameter was asked for here",
+        )
+        for site in found
+    ]  # fmt: skip
+    return plans, list(hyperparameters.values())
+
+
+def _key(site: FoundSite) -> str:
+    return f"{site.entry}:{site.node.name}"
+
+
+def _taken(site: FoundSite, acting: dict[str, Any]) -> bool:
+    return _key(site) in acting
+
+
+def _selected(site: FoundSite, selection: Selection) -> bool:
+    return site.entry == selection.entry.name and selection.matches(site.name)
+
+
+def _missed(selection: Selection, found: list[FoundSite]) -> str:
+    names = sorted({f"{site.entry}@{site.name}" for site in found})
+    have = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    return (
+        f"{selection.text!r} matches nothing in this model. "
+        + (f"It has these sites: {have}. " if names else "It has no site of any kind. ")
+        + "Any of weight_decay, label_smoothing and, for image inputs, cutout and input_dropout fits too."
+    )

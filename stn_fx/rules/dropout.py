@@ -1,0 +1,101 @@
+"""Dropout in its forms: element-wise, channel-wise and alpha, in place or not, active or at p = 0.
+
+A site draws a multiplier (and for alpha dropout a shift) outside everything that is differentiated; what follows is
+``x * multiplier + shift``, so the tangent is multiplied alike.  Each example has its own rate.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from stn_fx.augment import dropout as masks
+from stn_fx.augment.draws import Draws
+from stn_fx.rules.layout import align
+from stn_fx.rules.rule import REGISTRY, Emitter, Rule
+
+aten = torch.ops.aten
+
+
+def dropout_site(x: Tensor) -> Tensor:
+    """Marks a place where the plan inserts an element-wise dropout into a model that has none there."""
+    return x
+
+
+def multiplier(form: str, x: Tensor, rate: Any, layout: Any, draws: Draws, name: str) -> Tensor:
+    """Multiplier of one dropout site, broadcastable to ``x``; ``rate`` is one number per example (B,), or for all."""
+    noise_shape = masks.channel_shape(x) if form == "channel" else None
+    return masks.dropout_multiplier(x, _aligned_rate(x, rate, layout), draws, name, noise_shape)
+
+
+def alpha_terms(form: str, x: Tensor, rate: Any, layout: Any, draws: Draws, name: str) -> tuple[Tensor, Tensor]:
+    """Multiplier and shift of alpha dropout, which keeps mean and variance of SELU networks."""
+    noise_shape = masks.channel_shape(x) if form == "channel-alpha" else None
+    return masks.alpha_dropout_terms(x, _aligned_rate(x, rate, layout), draws, name, noise_shape)
+
+
+def _aligned_rate(x: Tensor, rate: Any, layout: Any) -> Tensor:
+    if isinstance(rate, Tensor):
+        return align(rate.to(x.dtype), layout, x.ndim)
+    return torch.full((1,) * x.ndim, rate, dtype=x.dtype, device=x.device)
+
+
+_FORMS = {
+    "dropout": "element", "feature_dropout": "channel", "alpha_dropout": "alpha",
+    "feature_alpha_dropout": "channel-alpha", "native_dropout": "element",
+}  # fmt: skip
+
+
+@REGISTRY.register
+class DropoutRule(Rule):
+    """``dropout``, ``feature_dropout``, ``alpha_dropout``, ``feature_alpha_dropout``, and inserted sites."""
+
+    name = "dropout"
+    site = "dropout"
+    targets = (
+        aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default,
+        aten.feature_alpha_dropout.default, dropout_site,
+    )  # fmt: skip
+
+    def is_site(self, node: Node) -> bool:
+        """Whether this call drops anything in training: in the evaluation graph it is the identity."""
+        return node.target is dropout_site or bool(node.args[2])
+
+    def own_rate(self, node: Node) -> float:
+        """The rate that the model's author gave."""
+        return 0.0 if node.target is dropout_site else float(node.args[1])
+
+    def _terms(self, emit: Emitter, node: Node) -> tuple[Any, Any]:
+        rate = emit.rate(node)
+        form = "element" if node.target is dropout_site else _FORMS[node.target._opname]
+        x = emit.value(node.args[0])
+        layout = emit.layout(node) if rate is not None else None
+        arguments = (form, x, self.own_rate(node) if rate is None else rate, layout, emit.draws, emit.site_name(node))
+        if form in ("alpha", "channel-alpha"):
+            terms = emit.call(alpha_terms, *arguments)
+            return emit.item(terms, 0), emit.item(terms, 1)
+        return emit.call(multiplier, *arguments), None
+
+    def _idle(self, emit: Emitter, node: Node) -> bool:
+        return not self.is_site(node) or (emit.rate(node) is None and self.own_rate(node) == 0)
+
+    def base(self, emit: Emitter, node: Node) -> Any:
+        if self._idle(emit, node):
+            return emit.value(node.args[0])
+        factor, shift = self._terms(emit, node)
+        value = emit.call(aten.mul.Tensor, emit.value(node.args[0]), factor)
+        return value if shift is None else emit.call(aten.add.Tensor, value, shift)
+
+    def respond(self, emit: Emitter, node: Node) -> Any:
+        return emit.value(node.args[0])
+
+    def linearize(self, emit: Emitter, node: Node) -> tuple[Any, Any]:
+        x, tangent = emit.value(node.args[0]), emit.tangent(node.args[0])
+        if self._idle(emit, node):
+            return x, tangent
+        factor, shift = self._terms(emit, node)
+        primal = emit.call(aten.mul.Tensor, x, factor)
+        if shift is not None:
+            primal = emit.call(aten.add.Tensor, primal, shift)
+        return primal, None if tangent is None else emit.call(aten.mul.Tensor, tangent, factor)

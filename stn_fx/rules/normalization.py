@@ -1,0 +1,274 @@
+"""Batch, layer, group, instance and RMS norm.
+
+Without its affine part the Jacobian of each of these norms is symmetric, so the fused *backward* kernel of the norm
+also computes its tangent, and serves again as the tangent's backward.  The affine part is a scale and a shift, which
+differ per example.  The linearized pass uses batch statistics without touching the running ones.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from stn_fx.rules.rule import REGISTRY, Emitter, Rule
+from stn_fx.rules.weighted import add_terms, aligned
+
+aten = torch.ops.aten
+
+
+class _SymmetricTangent(torch.autograd.Function):
+    """A linear map given by a backward kernel that is its own adjoint."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(kernel: Any, tangent: Tensor, *saved: Tensor) -> Tensor:
+        return kernel(tangent, *saved)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.kernel = inputs[0]
+        ctx.save_for_backward(*inputs[2:])
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
+        return (None, ctx.kernel(cotangent, *saved), *(None,) * len(saved))
+
+
+def normalized_tangent(kind: str, tangent: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, options: list[Any]) -> Tensor:
+    """Tangent of the norm without its affine part along ``tangent``, from the statistics of the primal."""
+    return _SymmetricTangent.apply(_Kernel(kind, tuple(options)), tangent, x, mean, rstd)
+
+
+class _Kernel:
+    """Backward kernel of a norm without affine part, as a function of (cotangent, x, mean, rstd)."""
+
+    def __init__(self, kind: str, options: tuple[Any, ...]) -> None:
+        self.kind, self.options = kind, options
+
+    def __call__(self, cotangent: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+        if self.kind == "batch":
+            (eps,) = self.options
+            return aten.native_batch_norm_backward(
+                cotangent, x, None, None, None, mean, rstd, True, eps, [True, False, False]
+            )[0]
+        if self.kind == "layer":
+            (shape,) = self.options
+            mask = [True, False, False]
+            return aten.native_layer_norm_backward(cotangent, x, list(shape), mean, rstd, None, None, mask)[0]
+        (groups,) = self.options
+        n, c = x.shape[:2]
+        spatial = x.numel() // max(1, n * c)
+        return aten.native_group_norm_backward(
+            cotangent.contiguous(), x.contiguous(), mean, rstd, None, n, c, spatial, groups, [True, False, False]
+        )[0]
+
+
+def standardize(kind: str, x: Tensor, options: list[Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm without its affine part and without running statistics: (values, mean, 1/std)."""
+    if kind == "batch":
+        (eps,) = options
+        return aten.native_batch_norm(x, None, None, None, None, True, 0.0, eps)
+    if kind == "layer":
+        shape, eps = options
+        return aten.native_layer_norm(x, list(shape), None, None, eps)
+    groups, eps = options
+    n, c = x.shape[:2]
+    return aten.native_group_norm(x.contiguous(), None, None, n, c, x.numel() // max(1, n * c), groups, eps)
+
+
+def per_channel(vector: Tensor, ndim: int) -> Tensor:
+    """A vector (C,) shaped to broadcast along axis 1 of a tensor of ``ndim`` axes."""
+    return vector.reshape(-1, *(1,) * (ndim - 2))
+
+
+def affine(values: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """``values * weight + bias`` in one sweep where both are there."""
+    if weight is None or bias is None:
+        return values if weight is None and bias is None else values * weight if bias is None else values + bias
+    return torch.addcmul(bias, values, weight)
+
+
+class _Norm(Rule):
+    """Shared: standardize, then scale and shift; subclasses say how the standardizing part behaves."""
+
+    per_example_arguments = ("weight", "bias")
+    name = "normalization"
+    kind = ""
+    channel_axis = 1
+
+    def options(self, emit: Emitter, node: Node) -> tuple[list[Any], list[Any]]:
+        """Options of :func:`standardize` and of the backward kernel."""
+        raise NotImplementedError
+
+    def _vector(self, emit: Emitter, node: Node, vector: Any) -> Any:
+        if vector is None or self.channel_axis == -1:
+            return emit.value(vector)
+        return emit.call(per_channel, emit.value(vector), emit.rank(node))
+
+    def changes(self, emit: Emitter, node: Node) -> tuple[Node | None, Node | None]:
+        stacks = [emit.stack(emit.argument(node, name)) for name in ("weight", "bias")]
+        return tuple(  # type: ignore[return-value]
+            None if stack is None else aligned(emit, node, stack, self._channel(emit, node)) for stack in stacks
+        )
+
+    def _channel(self, emit: Emitter, node: Node) -> int:
+        return self.channel_axis
+
+    def respond(self, emit: Emitter, node: Node) -> Node:
+        weight, bias = self.changes(emit, node)
+        if weight is None and bias is None:
+            return emit.copy(node)
+        plain = emit.copy(node, weight=None, bias=None)
+        scale = weight if weight is not None else self._vector(emit, node, emit.argument(node, "weight"))
+        shift = bias if bias is not None else self._vector(emit, node, emit.argument(node, "bias"))
+        return emit.call(affine, plain, scale, shift)
+
+    def linearize(self, emit: Emitter, node: Node) -> tuple[Any, Any]:
+        x = node.args[0]
+        forward_options, backward_options = self.options(emit, node)
+        statistics = emit.call(standardize, self.kind, emit.value(x), forward_options)
+        values = emit.item(statistics, 0)
+        weight = self._vector(emit, node, emit.argument(node, "weight"))
+        bias = self._vector(emit, node, emit.argument(node, "bias"))
+        primal = emit.call(affine, values, weight, bias)
+        tangent = None
+        if emit.tangent(x) is not None:
+            mean, rstd = emit.item(statistics, 1), emit.item(statistics, 2)
+            tangent = emit.call(
+                normalized_tangent, self.kind, emit.tangent(x), emit.value(x), mean, rstd, backward_options
+            )
+            if weight is not None:
+                tangent = emit.call(aten.mul.Tensor, tangent, weight)
+        return primal, self.affine_tangent(emit, node, values, tangent)
+
+    def affine_tangent(self, emit: Emitter, node: Node, values: Node, tangent: Node | None) -> Node | None:
+        weight_change, bias_change = self.changes(emit, node)
+        if weight_change is not None and tangent is not None:
+            tangent = emit.call(torch.addcmul, tangent, values, weight_change)
+        elif weight_change is not None:
+            tangent = emit.call(aten.mul.Tensor, values, weight_change)
+        return add_terms(emit, tangent, bias_change)
+
+
+@REGISTRY.register
+class BatchNormRule(_Norm):
+    """``batch_norm``: batch statistics in training, a fixed scale and shift in evaluation."""
+
+    name = "batch norm"
+    kind = "batch"
+    targets = (aten.batch_norm.default,)
+
+    def options(self, emit: Emitter, node: Node) -> tuple[list[Any], list[Any]]:
+        eps = emit.argument(node, "eps", 1e-5)
+        return [eps], [eps]
+
+    def linearize(self, emit: Emitter, node: Node) -> tuple[Any, Any]:
+        if emit.argument(node, "training"):
+            return super().linearize(emit, node)
+        return fixed_statistics_tangent(self, emit, node)
+
+
+def fixed_statistics_tangent(rule: _Norm, emit: Emitter, node: Node) -> tuple[Any, Any]:
+    """Linearized code of a norm that uses its running statistics: a fixed scale and shift per channel."""
+    x = node.args[0]
+    mean, variance = (emit.value(emit.argument(node, n)) for n in ("running_mean", "running_var"))
+    rank, eps = emit.rank(node), emit.argument(node, "eps", 1e-5)
+    primal = emit.copy(node)
+    tangent = None
+    if emit.tangent(x) is not None:
+        weight = emit.value(emit.argument(node, "weight"))
+        scale = emit.call(inference_scale, variance, weight, eps, rank)
+        tangent = emit.call(aten.mul.Tensor, emit.tangent(x), scale)
+    if rule.changes(emit, node) == (None, None):
+        return primal, tangent
+    values = emit.call(torch.nn.functional.batch_norm, emit.value(x), mean, variance, None, None, False, 0.0, eps)
+    return primal, rule.affine_tangent(emit, node, values, tangent)
+
+
+def inference_scale(variance: Tensor, weight: Tensor | None, eps: float, ndim: int) -> Tensor:
+    """Derivative of an evaluation-mode batch norm: weight / sqrt(variance + eps), per channel."""
+    scale = torch.rsqrt(variance + eps)
+    return per_channel(scale if weight is None else scale * weight, ndim)
+
+
+@REGISTRY.register
+class LayerNormRule(_Norm):
+    """``layer_norm`` over the trailing axes."""
+
+    name = "layer norm"
+    kind = "layer"
+    targets = (aten.layer_norm.default,)
+    channel_axis = -1
+
+    def options(self, emit: Emitter, node: Node) -> tuple[list[Any], list[Any]]:
+        shape = list(node.args[1])
+        return [shape, emit.argument(node, "eps", 1e-5)], [shape]
+
+
+@REGISTRY.register
+class GroupNormRule(_Norm):
+    """``group_norm``."""
+
+    name = "group norm"
+    kind = "group"
+    targets = (aten.group_norm.default,)
+
+    def options(self, emit: Emitter, node: Node) -> tuple[list[Any], list[Any]]:
+        groups = emit.argument(node, "num_groups")
+        return [groups, emit.argument(node, "eps", 1e-5)], [groups]
+
+
+@REGISTRY.register
+class InstanceNormRule(_Norm):
+    """``instance_norm``: a group norm with one channel a group; with running statistics in evaluation, a fixed scale."""
+
+    name = "instance norm"
+    kind = "group"
+    targets = (aten.instance_norm.default,)
+
+    def options(self, emit: Emitter, node: Node) -> tuple[list[Any], list[Any]]:
+        channels = emit.static_size(node, 1)
+        return [channels, emit.argument(node, "eps", 1e-5)], [channels]
+
+    def linearize(self, emit: Emitter, node: Node) -> tuple[Any, Any]:
+        if emit.argument(node, "use_input_stats"):
+            return super().linearize(emit, node)
+        return fixed_statistics_tangent(self, emit, node)
+
+
+@REGISTRY.register
+class RMSNormRule(_Norm):
+    """``rms_norm`` over the trailing axes: ``x * rsqrt(mean(x^2) + eps) * weight``."""
+
+    name = "RMS norm"
+    targets = (aten.rms_norm.default,)
+    channel_axis = -1
+
+    def linearize(self, emit: Emitter, node: Node) -> tuple[Any, Any]:
+        x, axes, eps = emit.value(node.args[0]), len(node.args[1]), emit.argument(node, "eps")
+        primal = emit.copy(node)
+        values = emit.copy(node, weight=None)
+        tangent = None
+        if emit.tangent(node.args[0]) is not None:
+            tangent = emit.call(rms_tangent, emit.tangent(node.args[0]), x, axes, eps)
+            weight = emit.value(emit.argument(node, "weight"))
+            if weight is not None:
+                tangent = emit.call(aten.mul.Tensor, tangent, weight)
+        return primal, self.affine_tangent(emit, node, values, tangent)
+
+    def respond(self, emit: Emitter, node: Node) -> Node:
+        weight, _ = self.changes(emit, node)
+        if weight is None:
+            return emit.copy(node)
+        return emit.call(aten.mul.Tensor, emit.copy(node, weight=None), weight)
+
+
+def rms_tangent(tangent: Tensor, x: Tensor, axes: int, eps: float | None) -> Tensor:
+    """Tangent of ``x * r``, r = rsqrt(mean(x^2) + eps): ``r v - x r^3 mean(x v)`` over the last ``axes`` axes."""
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    over = tuple(range(-axes, 0))
+    r = torch.rsqrt(x.square().mean(over, keepdim=True) + eps)
+    return r * tangent - x * r**3 * (x * tangent).mean(over, keepdim=True)

@@ -1,0 +1,82 @@
+"""How a tangent passes through an operator: forward by jvp, backward by vjp at the primal.
+
+With the base detached, the tangent is a *linear* function of the response, so its backward never needs a derivative of
+a derivative formula: it is the vjp of the operator at the primal.  That is exact where autograd's double backward is
+missing (hardsigmoid, glu), silently NaN (the norm of a zero row) or silently wrong (norms, pytorch issues 196699 and
+196700), and it lets fused backward kernels serve as forward ones where the Jacobian is symmetric.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TensorFunction = Callable[..., Any]
+
+
+class _LinearizedOperator(torch.autograd.Function):
+    """``J(primals) tangents`` of a tensor function, with the adjoint ``J(primals)^T`` as its backward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(function: TensorFunction, *tensors: Tensor) -> tuple[Tensor, ...]:
+        count = len(tensors) // 2
+        return torch.func.jvp(_as_tuple(function), tensors[:count], tensors[count:])[1]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        function, *tensors = inputs
+        ctx.function, ctx.count = function, len(tensors) // 2
+        ctx.save_for_backward(*tensors[: ctx.count])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        _, pullback = torch.func.vjp(_as_tuple(ctx.function), *ctx.saved_tensors)
+        return (None, *(None,) * ctx.count, *pullback(cotangents))
+
+
+def linearize(function: TensorFunction, primals: tuple[Tensor, ...], tangents: tuple[Tensor | None, ...]) -> Any:
+    """Tangent of ``function(*primals)`` along ``tangents`` (None = zero); a tensor, or a tuple for several outputs.
+
+    Outputs that are not floating are given as None.
+    """
+    active = [i for i, tangent in enumerate(tangents) if tangent is not None]
+
+    def on_active(*values: Tensor) -> Any:
+        arguments = list(primals)
+        for index, value in zip(active, values, strict=True):
+            arguments[index] = value
+        return function(*arguments)
+
+    # Forward mode refuses values that overlap in memory, such as expanded ones.
+    inputs = [primals[i].detach().contiguous() for i in active]
+    directions = [tangents[i].contiguous() for i in active]  # type: ignore[union-attr]
+    outputs = _LinearizedOperator.apply(_floating_outputs(on_active), *inputs, *directions)
+    return outputs[0] if len(outputs) == 1 else outputs
+
+
+def pointwise(function: TensorFunction, primal: Tensor, tangent: Tensor) -> Tensor:
+    """Tangent of an element-wise function of one tensor: its derivative is evaluated once and multiplied."""
+    _, pullback = torch.func.vjp(function, primal.detach())
+    with torch.no_grad():
+        (derivative,) = pullback(torch.ones_like(primal))
+    return tangent * derivative
+
+
+def _as_tuple(function: TensorFunction) -> TensorFunction:
+    def wrapped(*values: Tensor) -> tuple[Tensor, ...]:
+        output = function(*values)
+        return output if isinstance(output, tuple) else (output,)
+
+    return wrapped
+
+
+def _floating_outputs(function: TensorFunction) -> TensorFunction:
+    def wrapped(*values: Tensor) -> tuple[Tensor, ...]:
+        output = function(*values)
+        outputs = tuple(output) if isinstance(output, (tuple, list)) else (output,)
+        return tuple(item for item in outputs if isinstance(item, Tensor) and item.is_floating_point())
+
+    return wrapped

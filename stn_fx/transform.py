@@ -1,0 +1,325 @@
+"""The facade: ``transform`` compiles a module into a ``SelfTuningModule``."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from stn_fx.augment.draws import Draws
+from stn_fx.compiler.pipeline import BatchAxis, CompiledModel, compile_model, state_tensors
+from stn_fx.compiler.plan import ParameterPlan
+from stn_fx.errors import InputError, StnError
+from stn_fx.hparams import Hyperparameter, HyperparameterSpace, parse_hparams
+from stn_fx.rules import Registry, load_builtin_rules
+from stn_fx.rules.structure import Exact, LowRank, LowRankResponse, Response, RowWise
+
+HparamsArgument = str | Iterable[str | Hyperparameter] | Hyperparameter | None
+
+
+def transform(
+    model: nn.Module,
+    hparams: HparamsArgument = None,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
+    *,
+    batch_axis: BatchAxis = None,
+    response: str | LowRank = "rowwise",
+    rules: Registry | None = None,
+    seed: int | None = None,
+) -> "SelfTuningModule":
+    """Compile ``model`` into a module that tunes its own hyperparameters.
+
+    Args:
+        model: any module; it is wrapped, trained in place, and never changed otherwise.
+        hparams: a comma-separated string, a list of names and ``Hyperparameter`` objects, or None for every dropout and
+            drop-path site that the model has and weight decay.
+        example_inputs: tuple of positional or dict of keyword inputs, one batch; None = the first batch that is seen.
+        batch_axis: where the batch lies in the inputs: an int, or one per input (flattened); None = by analysis.
+        response: "rowwise" (the papers'), or ``LowRank(r)``.
+        rules: operator rules; None = the built-in ones (``stn_fx.rules.load_builtin_rules().copy()`` to add to).
+        seed: of the response's initial values and of all masks; None = torch's initial seed.
+
+    Raises:
+        CaptureError, BatchLayoutError, UnknownHyperparameterError, OutOfBoundsError, InputError: see ``stn_fx.errors``.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"transform needs a torch.nn.Module, got {type(model).__name__}.")
+    if isinstance(model, SelfTuningModule):
+        raise InputError("This module is already a SelfTuningModule. Pass the user's own model.")
+    if response != "rowwise" and not isinstance(response, LowRank):
+        raise InputError(f"response={response!r} is neither 'rowwise' nor LowRank(r).")
+    stn = SelfTuningModule(model, hparams, batch_axis, response, rules, seed)
+    if example_inputs is not None:
+        stn.compile_for(example_inputs)
+    return stn
+
+
+class SelfTuningModule(nn.Module):
+    """A model that runs with different hyperparameters for every example, and knows how its weights respond to them.
+
+    ``stn(x)`` is a drop-in: in evaluation mode the user's module itself, in training mode the base pass.
+    B examples, H hyperparameters; ``raw_BH`` are absolute raw values, measured from the detached current ones.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        hparams: HparamsArgument,
+        batch_axis: BatchAxis,
+        response: str | LowRank,
+        rules: Registry | None,
+        seed: int | None,
+    ) -> None:
+        super().__init__()
+        self.training = model.training
+        self.model = model
+        self._selections = parse_hparams(hparams)
+        self._batch_axis = batch_axis
+        self._structure = response if isinstance(response, LowRank) else None
+        self._rules = rules if rules is not None else load_builtin_rules().copy()
+        self._seed = torch.initial_seed() if seed is None else seed
+        self._generators: dict[str, torch.Generator] = {}
+        self._compiled: CompiledModel | None = None
+        self._example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.response_modules = nn.Module()
+
+    # ---- compilation
+
+    def compile_for(self, example_inputs: tuple[Any, ...] | Mapping[str, Any] | Tensor) -> None:
+        """Compile for a batch like this one; response parameters and hyperparameters that exist are kept."""
+        args, kwargs = _split_inputs(example_inputs)
+        compiled = compile_model(
+            self.model, args, kwargs, self._selections, self._structure, self._batch_axis, self._rules
+        )
+        if "hparams" not in self._modules:
+            self._build_parameters(compiled)
+        self._compiled, self._example = compiled, (args, kwargs)
+
+    def _build_parameters(self, compiled: CompiledModel) -> None:
+        reference = next(p for p in self.model.parameters() if p.is_floating_point())
+        space = HyperparameterSpace(list(compiled.plan.hyperparameters))
+        self.hparams = space.to(device=reference.device, dtype=reference.dtype)
+        generator = torch.Generator().manual_seed(self._seed)
+        count = len(compiled.plan.hyperparameters)
+        parameters = dict(self.model.named_parameters())
+        for plan in compiled.plan.parameters:
+            module = _response_module(plan, count)
+            if module is not None:
+                weight = parameters.get(plan.name)
+                like = reference if weight is None else weight
+                module.to(device=like.device, dtype=like.dtype)
+                module.initialise(torch.empty(plan.shape) if weight is None else weight, generator)
+                self.response_modules.add_module(plan.name.replace(".", "/"), module)
+
+    @property
+    def compiled(self) -> CompiledModel:
+        """Graphs, layouts and plan; an error before the first batch was seen."""
+        if self._compiled is None:
+            if self._example is not None:
+                self.compile_for(_joined_inputs(*self._example))
+                return self.compiled
+            raise StnError(
+                "The model is not captured yet, so it has no hyperparameters, response parameters or report. Pass "
+                "example_inputs=(x,) to stn_fx.transform, or run one batch through it first."
+            )
+        return self._compiled
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "hparams" and "hparams" not in self.__dict__.get("_modules", {}):
+            return self.compiled and super().__getattr__(name)
+        return super().__getattr__(name)
+
+    # ---- the three passes
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Drop-in for the user's model: itself in evaluation mode, the base pass in training mode."""
+        if not self.training:
+            return self.model(*args, **kwargs)
+        inputs = self._inputs(args, kwargs)
+        batch = self._batch_size(inputs)
+        values = self.hparams.constrain(self.hparams.raw.detach().unsqueeze(0)).expand(batch, -1)
+        outputs = self.compiled.base(self._state(), {}, values, None, self._draws(), *inputs)
+        return self._outputs(outputs, self.compiled.captured.training)
+
+    def linearize(self, *args: Any, raw: Tensor | None = None, **kwargs: Any) -> tuple[Any, Any]:
+        """Linearized pass (Delta-STN, Bae & Grosse 2020, equation 9): ``(primal, tangent)``, trees like the output.
+
+        The primal is ``f(x; w0)`` with the hyperparameters of ``raw`` (B, H) per example, on the graph of this module's
+        mode and with the base parameters detached; the tangent is ``J_w f . DeltaW(raw - current)``.
+        """
+        inputs = self._inputs(args, kwargs)
+        raw_BH, delta_BH = self._displacement(raw, inputs)
+        compiled = self.compiled
+        graph = compiled.linearized_training if self.training else compiled.linearized_evaluation
+        captured = compiled.captured.training if self.training else compiled.captured.evaluation
+        state = {name: tensor.detach() for name, tensor in self._state().items()}
+        values = self.hparams.constrain(raw_BH.detach())
+        primals, tangents = graph(state, self._response(), values, delta_BH, self._draws(), *inputs)
+        if any(isinstance(p, Tensor) and p.requires_grad for p in primals):
+            raise StnError(
+                "The primal of the linearized pass requires grad, so its tangent's gradient would be wrong. Detach the "
+                "inputs that require grad."
+            )
+        tangents = [_full_tangent(p, t) for p, t in zip(primals, tangents, strict=True)]
+        return self._outputs(primals, captured), self._outputs(tangents, captured)
+
+    def respond(self, *args: Any, raw: Tensor | None = None, **kwargs: Any) -> Any:
+        """Response pass ``f(x; w0 + DeltaW(raw_i - current))`` for every example i, always on the evaluation graph.
+
+        Differentiable in ``raw`` (B, H); None = the live raw Parameter for every example.
+        """
+        inputs = self._inputs(args, kwargs)
+        raw_BH, delta_BH = self._displacement(raw, inputs)
+        outputs = self.compiled.response(self._state(), self._response(), None, delta_BH, None, *inputs)
+        return self._outputs(outputs, self.compiled.captured.evaluation)
+
+    def _displacement(self, raw: Tensor | None, inputs: list[Any]) -> tuple[Tensor, Tensor]:
+        batch = self._batch_size(inputs)
+        raw_BH = self.hparams.raw.unsqueeze(0).expand(batch, -1) if raw is None else raw
+        if raw_BH.ndim == 1:
+            raw_BH = raw_BH.unsqueeze(0).expand(batch, -1)
+        if raw_BH.shape != (batch, len(self.hparams)):
+            raise InputError(
+                f"raw has shape {tuple(raw_BH.shape)}, but this batch needs ({batch}, {len(self.hparams)}): one row per "
+                f"example, one column per hyperparameter ({', '.join(self.hparams.names)})."
+            )
+        # Without the detach the displacement is identically zero, and with it the hypergradient.
+        return raw_BH, raw_BH - self.hparams.raw.detach()
+
+    # ---- parameters
+
+    def base_parameters(self) -> Iterator[nn.Parameter]:
+        """The user's own parameters that are trained."""
+        return (p for p in self.model.parameters() if p.requires_grad)
+
+    def response_parameters(self) -> Iterator[nn.Parameter]:
+        """What describes how the weights respond."""
+        _ = self.compiled
+        return self.response_modules.parameters()
+
+    def responses(self) -> dict[str, Response]:
+        """Response structures by the qualified name of the parameter or effective weight."""
+        _ = self.compiled
+        return {name.replace("/", "."): module for name, module in self.response_modules.named_children()}  # type: ignore[misc]
+
+    def weight_response(self, delta: Tensor) -> dict[str, Tensor]:
+        """``{qualified name: DeltaW}`` for one displacement (H,), dense."""
+        return {name: response.dense(delta) for name, response in self.responses().items()}
+
+    def squared_norm(self, raw: Tensor | None = None) -> Tensor:
+        """``|w|^2`` over all weights with two or more axes, for weight decay.
+
+        Without ``raw`` a scalar, live in the base parameters; with raw (B, H) the norms (B,) of ``w0 + DeltaW_i``,
+        base detached, from the structure alone.
+        """
+        weights = {n: p for n, p in self.model.named_parameters() if p.ndim >= 2 and p.requires_grad}
+        if raw is None:
+            return torch.stack([w.square().sum() for w in weights.values()]).sum()
+        delta_BH = raw - self.hparams.raw.detach()
+        total = torch.stack([w.detach().square().sum() for w in weights.values()]).sum().expand(raw.shape[0])
+        for name, response in self.responses().items():
+            if name in weights:
+                total = total + response.squared_norm_change(weights[name].detach(), delta_BH)
+        return total
+
+    @property
+    def report(self) -> Any:
+        """What was conditioned, by which rule, what was not and why."""
+        from stn_fx.compiler.report import Report
+
+        return Report.of(self.compiled, self)
+
+    def finalize(self) -> nn.Module:
+        """Write the tuned rates into the model's own modules where they have a place; return the plain model."""
+        from stn_fx.compiler.finalize import write_rates
+
+        write_rates(self.model, self.compiled.plan, self.hparams.values())
+        return self.model
+
+    # ---- randomness and plumbing
+
+    def generator(self, device: torch.device | str | None = None) -> torch.Generator:
+        """The generator that masks and perturbations are drawn from, one per device."""
+        where = torch.device(device) if device is not None else next(self.model.parameters()).device
+        if str(where) not in self._generators:
+            self._generators[str(where)] = torch.Generator(where).manual_seed(self._seed)
+        return self._generators[str(where)]
+
+    def _draws(self) -> Draws:
+        return Draws(self.generator())
+
+    def _state(self) -> dict[str, Tensor]:
+        return state_tensors(self.model, self.compiled.captured)
+
+    def _response(self) -> dict[str, Tensor]:
+        return {
+            f"{name.replace('/', '.')}.{part}": parameter
+            for name, module in self.response_modules.named_children()
+            for part, parameter in module.named_parameters()
+        }
+
+    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        if self._compiled is None and self._example is None:
+            self.compile_for(_joined_inputs(args, kwargs))
+        captured = self.compiled.captured
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        if not self._fits(flat, spec):
+            self.compile_for(_joined_inputs(args, kwargs))
+            captured = self.compiled.captured
+        del captured
+        return flat
+
+    def _fits(self, flat: list[Any], spec: pytree.TreeSpec) -> bool:
+        """Whether the captured graphs take these inputs: same structure, and same shapes but for the batch."""
+        captured = self.compiled.captured
+        if spec != captured.input_spec:
+            return False
+        for value, example, axis in zip(flat, captured.example, captured.batch_axes, strict=True):
+            if isinstance(example, Tensor):
+                if not isinstance(value, Tensor) or value.ndim != example.ndim or value.dtype != example.dtype:
+                    return False
+                sizes = [a for a in range(value.ndim) if a != axis]
+                if any(value.shape[a] != example.shape[a] for a in sizes):
+                    return False
+            elif value != example:
+                return False
+        return True
+
+    def _batch_size(self, flat: list[Any]) -> int:
+        return next(v.shape[a] for v, a in zip(flat, self.compiled.captured.batch_axes, strict=True) if a is not None)
+
+    def _outputs(self, outputs: list[Any], captured: Any) -> Any:
+        return pytree.tree_unflatten(list(outputs), captured.output_spec)
+
+
+def _full_tangent(primal: Any, tangent: Any) -> Any:
+    if not isinstance(primal, Tensor) or not primal.is_floating_point():
+        return None if tangent is None else tangent
+    return torch.zeros_like(primal) if tangent is None else tangent
+
+
+def _response_module(plan: ParameterPlan, hyperparameters: int) -> Any:
+    if plan.structure == "row-wise":
+        return RowWise(plan.shape, plan.row_axis, hyperparameters)
+    if plan.structure == "low-rank":
+        return LowRankResponse(plan.shape, plan.row_axis, hyperparameters, plan.rank)
+    return Exact(plan.shape, hyperparameters) if plan.structure == "exact" else None
+
+
+def _split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Mapping):
+        if "args" in example_inputs and "kwargs" in example_inputs:
+            return tuple(example_inputs["args"]), dict(example_inputs["kwargs"])
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    raise InputError(
+        f"example_inputs is a {type(example_inputs).__name__}; pass a tuple of positional inputs or a dict of keyword ones."
+    )
+
+
+def _joined_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return {"args": args, "kwargs": kwargs} if kwargs else args

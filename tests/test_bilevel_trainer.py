@@ -1,0 +1,160 @@
+import pytest
+import torch
+from bilevel_fake import FakeSelfTuningModule, classification_batches
+from torch import nn
+
+from stn_fx.bilevel import BilevelTrainer, Callback, DeltaSTN, FixedHyperparameters, KeepBest, evaluate
+from stn_fx.errors import InputError
+
+TRAIN, VALID = classification_batches(0), classification_batches(1, examples=40)
+NAMES = ("weight_decay", "label_smoothing")
+
+
+def make_trainer(algorithm=None, captured=True, **options):
+    torch.manual_seed(0)
+    stn = FakeSelfTuningModule(nn.Linear(8, 3, dtype=torch.float64), ",".join(NAMES), captured)
+    return BilevelTrainer(stn, train=TRAIN, valid=VALID, algorithm=algorithm and algorithm(stn), **options)
+
+
+def test_a_result_holds_schedule_history_values_and_best():
+    trainer = make_trainer()
+    result = trainer.fit(5, warmup_epochs=1, train_steps=2)
+    assert [record.epoch for record in result.history] == [1, 2, 3, 4, 5]
+    assert result.history[-1].inner_step == 20
+    assert result.history[-1].outer_step == 8
+    assert [point.inner_step for point in result.schedule] == [0, 4, 6, 8, 10, 12, 14, 16, 18, 20]
+    assert result.schedule[0].values != result.values == trainer.stn.hparams.values()
+    assert set(result.schedule[-1].scales) == set(NAMES)
+    assert result.best.valid_loss == min(record.valid_loss for record in result.history)
+    assert result.history[-1].valid_loss < result.history[0].valid_loss
+    assert not result.interrupted
+
+
+@pytest.mark.parametrize(("train_steps", "valid_steps", "expected"), [(5, 1, 4), (4, 3, 15), (20, 2, 2), (100, 1, 0)])
+def test_inner_and_outer_steps_alternate(train_steps, valid_steps, expected):
+    result = make_trainer().fit(5, warmup_epochs=0, train_steps=train_steps, valid_steps=valid_steps)
+    assert result.history[-1].outer_step == expected
+
+
+def test_the_same_seed_gives_the_same_run():
+    first, second = (make_trainer().fit(3, warmup_epochs=1) for _ in range(2))
+    assert first.schedule == second.schedule
+    assert [r.valid_loss for r in first.history] == [r.valid_loss for r in second.history]
+
+
+def test_the_baseline_leaves_hyperparameters_alone():
+    result = make_trainer(FixedHyperparameters).fit(2)
+    assert result.values == result.schedule[0].values
+    assert result.history[-1].outer_step == 0
+    assert result.history[-1].response_loss is None
+
+
+def test_the_model_is_captured_from_the_first_batch():
+    trainer = make_trainer(captured=False)
+    assert set(trainer.fit(2, warmup_epochs=1).values) == set(NAMES)
+
+
+class Recorder(Callback):
+    def __init__(self, fail_at=None):
+        self.events, self.fail_at, self.result = [], fail_at, None
+
+    def fit_started(self, trainer, epochs, result):
+        self.events.append(f"start {epochs}")
+
+    def inner_step_ended(self, trainer, epoch, record):
+        self.events.append("inner")
+
+    def outer_step_ended(self, trainer, epoch, result):
+        self.events.append("outer")
+
+    def epoch_ended(self, trainer, record, result):
+        self.events.append(f"epoch {record.epoch}")
+        if record.epoch == self.fail_at:
+            raise KeyboardInterrupt
+
+    def fit_ended(self, trainer, result):
+        self.events.append("end")
+        self.result = result
+
+
+def test_callbacks_see_every_event_in_order():
+    recorder = Recorder()
+    make_trainer().fit(2, warmup_epochs=1, train_steps=4, callbacks=[recorder])
+    assert recorder.events == [
+        "start 2", *["inner"] * 4, "epoch 1", *["inner"] * 4, "outer", "epoch 2", "end",
+    ]  # fmt: skip
+
+
+def test_callbacks_see_what_there_was_when_training_is_interrupted():
+    recorder = Recorder(fail_at=2)
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer().fit(5, warmup_epochs=1, callbacks=[recorder])
+    assert recorder.events[-1] == "end"
+    assert len(recorder.result.history) == 2
+    assert recorder.result.interrupted
+
+
+def test_the_best_state_can_be_put_back():
+    trainer, keep = make_trainer(), KeepBest()
+    trainer.fit(2, warmup_epochs=1, callbacks=[keep])
+    best = {name: value.clone() for name, value in trainer.stn.state_dict().items() if isinstance(value, torch.Tensor)}
+    with torch.no_grad():
+        for parameter in trainer.stn.parameters():
+            parameter.add_(1)
+    keep.restore(trainer)
+    assert all(torch.equal(trainer.stn.state_dict()[name], value) for name, value in best.items())
+
+
+def test_evaluation_is_the_mean_over_examples_and_leaves_modes():
+    trainer = make_trainer()
+    trainer.stn.train()
+    trainer.stn.model.eval()
+    result = evaluate(trainer.stn, nn.functional.cross_entropy, VALID)  # the last batch is smaller
+    x, y = (torch.cat(each) for each in zip(*VALID, strict=True))
+    output = trainer.stn.model(x)
+    assert result.loss == pytest.approx(nn.functional.cross_entropy(output, y).item())
+    assert result.accuracy == pytest.approx((output.argmax(1) == y).double().mean().item())
+    assert result.examples == 40
+    assert trainer.stn.training
+    assert not trainer.stn.model.training
+
+
+def test_accuracy_is_told_for_classifications_only():
+    stn = FakeSelfTuningModule(nn.Linear(8, 1, dtype=torch.float64))
+    batches = [(torch.zeros(4, 8, dtype=torch.float64), torch.zeros(4, 1, dtype=torch.float64))]
+    assert evaluate(stn, nn.functional.mse_loss, batches).accuracy is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs=0"),
+        ({"train_steps": 0}, "train_steps=0"),
+        ({"warmup_epochs": -1}, "negative"),
+        ({"epochs": 3, "warmup_epochs": 3}, "leaves none"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        make_trainer().fit(**options)
+
+
+def test_loaders_that_cannot_work_are_refused():
+    stn = make_trainer().stn
+    with pytest.raises(InputError, match="same loader"):
+        BilevelTrainer(stn, train=TRAIN, valid=TRAIN)
+    with pytest.raises(InputError, match="iterator"):
+        BilevelTrainer(stn, train=iter(TRAIN), valid=VALID)
+    with pytest.raises(InputError, match="training loader is empty"):
+        BilevelTrainer(stn, train=[], valid=VALID).fit(5)
+    with pytest.raises(InputError, match="validation loader is empty"):
+        BilevelTrainer(stn, train=TRAIN, valid=[]).fit(5)
+    with pytest.raises(InputError, match="empty"):
+        evaluate(stn, nn.functional.cross_entropy, [])
+
+
+def test_an_algorithm_beside_its_options_or_of_another_model_is_refused():
+    with pytest.raises(InputError, match="entropy_weight"):
+        make_trainer(DeltaSTN, entropy_weight=0.1)
+    with pytest.raises(InputError, match="another"):
+        BilevelTrainer(make_trainer().stn, train=TRAIN, valid=VALID, algorithm=DeltaSTN(make_trainer().stn))
