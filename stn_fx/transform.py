@@ -1,6 +1,7 @@
 """The facade: ``transform`` compiles a module into a ``SelfTuningModule``."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.utils import _pytree as pytree
 from stn_fx.augment.draws import Draws
 from stn_fx.compiler.pipeline import BatchAxis, CompiledModel, compile_model, state_tensors
 from stn_fx.compiler.plan import ParameterPlan
+from stn_fx.compiler.signature import input_signature, module_signature, training_flags
 from stn_fx.errors import InputError, StnError
 from stn_fx.hparams import Hyperparameter, HyperparameterSpace, parse_hparams
 from stn_fx.rules import Registry, load_builtin_rules
@@ -77,58 +79,102 @@ class SelfTuningModule(nn.Module):
         self._selections = parse_hparams(hparams)
         self._batch_axis = batch_axis
         self._structure = response if isinstance(response, LowRank) else None
-        self._rules = rules if rules is not None else load_builtin_rules().copy()
+        self._rules = rules  # None = the built-in ones, which need not be pickled
         self._seed = torch.initial_seed() if seed is None else seed
         self._generators: dict[str, torch.Generator] = {}
-        self._compiled: CompiledModel | None = None
+        self._captures: list[_Capture] = []
         self._example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        self.response_modules = nn.Module()
+        self.response = nn.Module()
 
     # ---- compilation
 
-    def compile_for(self, example_inputs: tuple[Any, ...] | Mapping[str, Any] | Tensor) -> None:
+    def compile_for(self, example_inputs: tuple[Any, ...] | Mapping[str, Any] | Tensor) -> CompiledModel:
         """Compile for a batch like this one; response parameters and hyperparameters that exist are kept."""
-        args, kwargs = _split_inputs(example_inputs)
-        compiled = compile_model(
-            self.model, args, kwargs, self._selections, self._structure, self._batch_axis, self._rules
-        )
-        if "hparams" not in self._modules:
+        return self._compile(*_split_inputs(example_inputs))
+
+    def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CompiledModel:
+        rules = load_builtin_rules() if self._rules is None else self._rules
+        compiled = compile_model(self.model, args, kwargs, self._selections, self._structure, self._batch_axis, rules)
+        if self._example is not None:
+            self._check_same_parameters(compiled)
+        else:
             self._build_parameters(compiled)
-        self._compiled, self._example = compiled, (args, kwargs)
+        axes = compiled.captured.batch_axes
+        signature = (input_signature(args, kwargs, axes), module_signature(self.model))
+        self._captures.insert(0, _Capture(compiled, signature, compiled.captured.training_flags))
+        self._example = tree_detached((args, kwargs))
+        return compiled
 
     def _build_parameters(self, compiled: CompiledModel) -> None:
         reference = next(p for p in self.model.parameters() if p.is_floating_point())
         space = HyperparameterSpace(list(compiled.plan.hyperparameters))
-        self.hparams = space.to(device=reference.device, dtype=reference.dtype)
+        space.to(device=reference.device, dtype=reference.dtype)
         generator = torch.Generator().manual_seed(self._seed)
-        count = len(compiled.plan.hyperparameters)
         parameters = dict(self.model.named_parameters())
+        response = nn.Module()
         for plan in compiled.plan.parameters:
-            module = _response_module(plan, count)
+            module = _response_module(plan, len(space))
             if module is not None:
                 weight = parameters.get(plan.name)
                 like = reference if weight is None else weight
                 module.to(device=like.device, dtype=like.dtype)
                 module.initialise(torch.empty(plan.shape) if weight is None else weight, generator)
-                self.response_modules.add_module(plan.name.replace(".", "/"), module)
+                response.add_module(plan.name.replace(".", "/"), module)
+        self.hparams, self.response = space, response
+
+    def _check_same_parameters(self, compiled: CompiledModel) -> None:
+        """Another shape or mode may use other parts of the model; the response parameters must still fit."""
+        names = tuple(each.name for each in compiled.plan.hyperparameters)
+        shapes = {
+            plan.name: {name: parameter.shape for name, parameter in module.named_parameters()}
+            for plan in compiled.plan.parameters
+            if (module := _response_module(plan, len(names))) is not None
+        }
+        mine = {
+            name: {part: parameter.shape for part, parameter in module.named_parameters()}
+            for name, module in self.responses().items()
+        }
+        if names != self.hparams.names or shapes != mine:
+            different = sorted({*(set(names) ^ set(self.hparams.names)), *(n for n in shapes | mine if shapes.get(n) != mine.get(n))})
+            raise StnError(
+                f"Captured anew for these inputs, the model asks for other hyperparameters or response parameters: "
+                f"{', '.join(different[:8])}. Use one wrapper for each way to call the model."
+            )
 
     @property
     def compiled(self) -> CompiledModel:
-        """Graphs, layouts and plan; an error before the first batch was seen."""
-        if self._compiled is None:
-            if self._example is not None:
-                self.compile_for(_joined_inputs(*self._example))
-                return self.compiled
+        """Graphs, layouts and plan of the latest capture; an error before the first batch was seen."""
+        self._require_capture()
+        if not self._captures:  # copied or unpickled
+            assert self._example is not None
+            return self._compile(*self._example)
+        return self._captures[0].compiled
+
+    def _require_capture(self) -> None:
+        if self._example is None:
             raise StnError(
                 "The model is not captured yet, so it has no hyperparameters, response parameters or report. Pass "
                 "example_inputs=(x,) to stn_fx.transform, or run one batch through it first."
             )
-        return self._compiled
 
     def __getattr__(self, name: str) -> Any:
-        if name == "hparams" and "hparams" not in self.__dict__.get("_modules", {}):
-            return self.compiled and super().__getattr__(name)
+        if name == "hparams" and "hparams" not in self.__dict__.get("_modules", {}) and "_captures" in self.__dict__:
+            self._require_capture()
         return super().__getattr__(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Captured graphs and generators do not pickle: they are made again from the example and the states."""
+        state = dict(self.__dict__)
+        state["_captures"] = []
+        state["_generators"] = {device: g.get_state() for device, g in self._generators.items()}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        states = state.pop("_generators")
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._generators = {}
+        for device, generator_state in states.items():
+            self.generator(device).set_state(generator_state)
 
     # ---- the three passes
 
@@ -136,11 +182,11 @@ class SelfTuningModule(nn.Module):
         """Drop-in for the user's model: itself in evaluation mode, the base pass in training mode."""
         if not self.training:
             return self.model(*args, **kwargs)
-        inputs = self._inputs(args, kwargs)
-        batch = self._batch_size(inputs)
+        compiled, inputs = self._prepare(args, kwargs)
+        batch = compiled.captured.batch_size(inputs)
         values = self.hparams.constrain(self.hparams.raw.detach().unsqueeze(0)).expand(batch, -1)
-        outputs = self.compiled.base(self._state(), {}, values, None, self._draws(), *inputs)
-        return self._outputs(outputs, self.compiled.captured.training)
+        outputs = compiled.base(self._state(compiled), {}, values, None, self._draws(), *inputs)
+        return compiled.captured.training.unflatten(outputs)
 
     def linearize(self, *args: Any, raw: Tensor | None = None, **kwargs: Any) -> tuple[Any, Any]:
         """Linearized pass (Delta-STN, Bae & Grosse 2020, equation 9): ``(primal, tangent)``, trees like the output.
@@ -148,12 +194,11 @@ class SelfTuningModule(nn.Module):
         The primal is ``f(x; w0)`` with the hyperparameters of ``raw`` (B, H) per example, on the graph of this module's
         mode and with the base parameters detached; the tangent is ``J_w f . DeltaW(raw - current)``.
         """
-        inputs = self._inputs(args, kwargs)
-        raw_BH, delta_BH = self._displacement(raw, inputs)
-        compiled = self.compiled
+        compiled, inputs = self._prepare(args, kwargs)
+        raw_BH, delta_BH = self._displacement(raw, compiled.captured.batch_size(inputs))
         graph = compiled.linearized_training if self.training else compiled.linearized_evaluation
         captured = compiled.captured.training if self.training else compiled.captured.evaluation
-        state = {name: tensor.detach() for name, tensor in self._state().items()}
+        state = {name: tensor.detach() for name, tensor in self._state(compiled).items()}
         values = self.hparams.constrain(raw_BH.detach())
         primals, tangents = graph(state, self._response(), values, delta_BH, self._draws(), *inputs)
         if any(isinstance(p, Tensor) and p.requires_grad for p in primals):
@@ -162,20 +207,19 @@ class SelfTuningModule(nn.Module):
                 "inputs that require grad."
             )
         tangents = [_full_tangent(p, t) for p, t in zip(primals, tangents, strict=True)]
-        return self._outputs(primals, captured), self._outputs(tangents, captured)
+        return captured.unflatten(primals), captured.unflatten(tangents)
 
     def respond(self, *args: Any, raw: Tensor | None = None, **kwargs: Any) -> Any:
         """Response pass ``f(x; w0 + DeltaW(raw_i - current))`` for every example i, always on the evaluation graph.
 
         Differentiable in ``raw`` (B, H); None = the live raw Parameter for every example.
         """
-        inputs = self._inputs(args, kwargs)
-        raw_BH, delta_BH = self._displacement(raw, inputs)
-        outputs = self.compiled.response(self._state(), self._response(), None, delta_BH, None, *inputs)
-        return self._outputs(outputs, self.compiled.captured.evaluation)
+        compiled, inputs = self._prepare(args, kwargs)
+        _, delta_BH = self._displacement(raw, compiled.captured.batch_size(inputs))
+        outputs = compiled.response(self._state(compiled), self._response(), None, delta_BH, None, *inputs)
+        return compiled.captured.evaluation.unflatten(outputs)
 
-    def _displacement(self, raw: Tensor | None, inputs: list[Any]) -> tuple[Tensor, Tensor]:
-        batch = self._batch_size(inputs)
+    def _displacement(self, raw: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
         raw_BH = self.hparams.raw.unsqueeze(0).expand(batch, -1) if raw is None else raw
         if raw_BH.ndim == 1:
             raw_BH = raw_BH.unsqueeze(0).expand(batch, -1)
@@ -195,13 +239,13 @@ class SelfTuningModule(nn.Module):
 
     def response_parameters(self) -> Iterator[nn.Parameter]:
         """What describes how the weights respond."""
-        _ = self.compiled
-        return self.response_modules.parameters()
+        self._require_capture()
+        return self.response.parameters()
 
     def responses(self) -> dict[str, Response]:
         """Response structures by the qualified name of the parameter or effective weight."""
-        _ = self.compiled
-        return {name.replace("/", "."): module for name, module in self.response_modules.named_children()}  # type: ignore[misc]
+        self._require_capture()
+        return {name.replace("/", "."): module for name, module in self.response.named_children()}  # type: ignore[misc]
 
     def weight_response(self, delta: Tensor) -> dict[str, Tensor]:
         """``{qualified name: DeltaW}`` for one displacement (H,), dense."""
@@ -249,48 +293,46 @@ class SelfTuningModule(nn.Module):
     def _draws(self) -> Draws:
         return Draws(self.generator())
 
-    def _state(self) -> dict[str, Tensor]:
-        return state_tensors(self.model, self.compiled.captured)
+    def _state(self, compiled: CompiledModel) -> dict[str, Tensor]:
+        return state_tensors(self.model, compiled.captured)
 
     def _response(self) -> dict[str, Tensor]:
         return {
-            f"{name.replace('/', '.')}.{part}": parameter
-            for name, module in self.response_modules.named_children()
+            f"{name}.{part}": parameter
+            for name, module in self.responses().items()
             for part, parameter in module.named_parameters()
         }
 
-    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        if self._compiled is None and self._example is None:
-            self.compile_for(_joined_inputs(args, kwargs))
-        captured = self.compiled.captured
-        flat, spec = pytree.tree_flatten((args, kwargs))
-        if not self._fits(flat, spec):
-            self.compile_for(_joined_inputs(args, kwargs))
-            captured = self.compiled.captured
-        del captured
-        return flat
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[CompiledModel, list[Any]]:
+        """The compiled model that fits these inputs, captured anew where none does, and the flattened inputs."""
+        flat, _ = pytree.tree_flatten((args, kwargs))
+        module = module_signature(self.model)
+        flags = training_flags(self.model) if self.training else None
+        for index, capture in enumerate(self._captures):
+            fits = capture.signature == (input_signature(args, kwargs, capture.batch_axes), module)
+            if fits and flags in (None, capture.training_flags):
+                if index:
+                    self._captures.insert(0, self._captures.pop(index))
+                return capture.compiled, flat
+        return self._compile(args, kwargs), flat
 
-    def _fits(self, flat: list[Any], spec: pytree.TreeSpec) -> bool:
-        """Whether the captured graphs take these inputs: same structure, and same shapes but for the batch."""
-        captured = self.compiled.captured
-        if spec != captured.input_spec:
-            return False
-        for value, example, axis in zip(flat, captured.example, captured.batch_axes, strict=True):
-            if isinstance(example, Tensor):
-                if not isinstance(value, Tensor) or value.ndim != example.ndim or value.dtype != example.dtype:
-                    return False
-                sizes = [a for a in range(value.ndim) if a != axis]
-                if any(value.shape[a] != example.shape[a] for a in sizes):
-                    return False
-            elif value != example:
-                return False
-        return True
 
-    def _batch_size(self, flat: list[Any]) -> int:
-        return next(v.shape[a] for v, a in zip(flat, self.compiled.captured.batch_axes, strict=True) if a is not None)
+@dataclass(frozen=True)
+class _Capture:
+    """One compiled form of the model, and what it holds for."""
 
-    def _outputs(self, outputs: list[Any], captured: Any) -> Any:
-        return pytree.tree_unflatten(list(outputs), captured.output_spec)
+    compiled: CompiledModel
+    signature: Any
+    training_flags: Any
+
+    @property
+    def batch_axes(self) -> list[int | None]:
+        return self.compiled.captured.batch_axes
+
+
+def tree_detached(tree: Any) -> Any:
+    """The tree with its tensors detached, so that an example keeps no graph alive."""
+    return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def _full_tangent(primal: Any, tangent: Any) -> Any:
@@ -311,15 +353,9 @@ def _split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}
     if isinstance(example_inputs, Mapping):
-        if "args" in example_inputs and "kwargs" in example_inputs:
-            return tuple(example_inputs["args"]), dict(example_inputs["kwargs"])
         return (), dict(example_inputs)
     if isinstance(example_inputs, (tuple, list)):
         return tuple(example_inputs), {}
     raise InputError(
         f"example_inputs is a {type(example_inputs).__name__}; pass a tuple of positional inputs or a dict of keyword ones."
     )
-
-
-def _joined_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return {"args": args, "kwargs": kwargs} if kwargs else args

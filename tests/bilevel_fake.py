@@ -1,4 +1,4 @@
-"""A wrapped model made by hand: one linear layer with its exact response, so that the steps are tested without a compiler.
+"""A wrapped model made by hand: one linear layer with its exact response, to test the steps without a compiler.
 
 It has the part of `SelfTuningModule` that `stn_fx.bilevel` uses.
 """
@@ -86,5 +86,7 @@ def classification_batches(
     seed: int, examples: int = 64, features: int = 8, classes: int = 3, batch_size: int = 16
 ) -> list[tuple[Tensor, Tensor]]:
     """Batches (x, class index) of a nearly linear problem in float64."""
-    scores = [(x, y) for x, y in regression_batches(seed, examples, features, classes, noise=0.5, batch_size=batch_size)]
+    scores = [
+        (x, y) for x, y in regression_batches(seed, examples, features, classes, noise=0.5, batch_size=batch_size)
+    ]
     return [(x, y.argmax(1)) for x, y in scores]

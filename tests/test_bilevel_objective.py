@@ -51,10 +51,7 @@ def test_label_smoothing_acts_per_example(loss):
     smoothing_B = torch.tensor([0.0, 0.1, 0.4, 0.9], dtype=torch.float64)
     actual = as_objective(loss).training_loss(OUTPUT, Batch((None, TARGET), ()), {"label_smoothing": smoothing_B})
     expected = torch.stack(
-        [
-            F.cross_entropy(OUTPUT[i : i + 1], TARGET[i : i + 1], label_smoothing=smoothing_B[i].item())
-            for i in range(4)
-        ]
+        [F.cross_entropy(OUTPUT[i : i + 1], TARGET[i : i + 1], label_smoothing=smoothing_B[i].item()) for i in range(4)]
     )
     torch.testing.assert_close(actual, expected.mean())
 

@@ -233,9 +233,7 @@ def test_the_response_converges_to_the_best_response_of_ridge_regression():
     # The curvature of the objective in G is that of the ridge problem times the variance of the perturbation.
     response_optimizer = SGD(stn.response_parameters(), lr=0.2 / scale**2)
     schedule = LambdaLR(response_optimizer, lambda step: 1 / (1 + step / 20))
-    steps = DeltaSTN(
-        stn, F.mse_loss, base_optimizer=partial(SGD, lr=0.1), response_optimizer=response_optimizer
-    )
+    steps = DeltaSTN(stn, F.mse_loss, base_optimizer=partial(SGD, lr=0.1), response_optimizer=response_optimizer)
     for _ in range(800):
         steps.inner_step(batches[0])
         schedule.step()
@@ -263,9 +261,7 @@ def test_a_tuned_weight_decay_reaches_the_optimum_of_the_validation_loss(initial
     stn = FakeSelfTuningModule(
         nn.Linear(8, 1, bias=False, dtype=torch.float64), f"weight_decay(initial={initial}, high=10)"
     )
-    steps = DeltaSTN(
-        stn, F.mse_loss, base_optimizer=partial(SGD, lr=0.05), response_optimizer=partial(SGD, lr=0.2)
-    )
+    steps = DeltaSTN(stn, F.mse_loss, base_optimizer=partial(SGD, lr=0.05), response_optimizer=partial(SGD, lr=0.2))
     for step in range(2500):
         steps.inner_step(train[0])
         if step > 200 and step % 5 == 0:

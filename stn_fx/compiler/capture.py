@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
+from stn_fx.compiler.cells import expand_cells
 from stn_fx.compiler.functionalize import functionalize
 from stn_fx.errors import CaptureError, InputError
 from stn_fx.rules.drop_path import marked_forward
@@ -41,6 +42,10 @@ class CapturedGraph:
     batch_symbol: Any
     output_spec: pytree.TreeSpec
 
+    def unflatten(self, outputs: list[Any]) -> Any:
+        """The outputs in the structure that the user's model returns."""
+        return pytree.tree_unflatten(list(outputs), self.output_spec)
+
     def placeholders(self) -> dict[str, Node]:
         """Placeholder nodes by name."""
         return {node.name: node for node in self.graph.nodes if node.op == "placeholder"}
@@ -55,8 +60,13 @@ class CapturedModel:
     input_spec: pytree.TreeSpec
     batch_axes: list[int | None]
     example: list[Any]
+    training_flags: tuple[bool, ...] = ()
     constants: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def batch_size(self, inputs: list[Any]) -> int:
+        """Number of examples in flattened inputs."""
+        return next(int(v.shape[a]) for v, a in zip(inputs, self.batch_axes, strict=True) if a is not None)
 
 
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch_axes: list[int | None]) -> Any:
@@ -77,10 +87,12 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], bat
         _register_dataclasses(model, args, kwargs)
         for training in (True, False):
             _set_mode(model, training)
+            if training:
+                flags = tuple(module.training for module in model.modules())
             program = _export(model, args, kwargs, flat, batch_axes, training)
             constants.update({name: value for name, value in program.constants.items() if isinstance(value, Tensor)})
             graphs[training] = _to_captured(program, training, flat, batch_axes)
-    return CapturedModel(graphs[True], graphs[False], spec, batch_axes, flat, constants, notes)
+    return CapturedModel(graphs[True], graphs[False], spec, batch_axes, flat, flags, constants, notes)
 
 
 def _export(
@@ -125,16 +137,17 @@ def _to_captured(
     }
     graph = _inline_regions(program.graph_module)
     _drop_assertions(graph)
+    expand_cells(graph)
     inputs = [node.name for node in graph.nodes if node.op == "placeholder" and node.name not in state]
     graph, updates = functionalize(graph, dict(signature.inputs_to_buffers))
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    kept = set(updates.values())
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or node in kept)
     placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     symbol = None
     for name, axis in zip(inputs, batch_axes, strict=True):
         if axis is not None:
             symbol = placeholders[name].meta["val"].shape[axis].node.expr
-    live = set(graph.nodes)
-    updates = {state[name]: node for name, node in updates.items() if node in live}
+    updates = {state[name]: node for name, node in updates.items()}
     return CapturedGraph(graph, training, state, inputs, updates, symbol, program.call_spec.out_spec)
 
 
@@ -275,19 +288,20 @@ def _register_dataclasses(model: nn.Module, args: tuple[Any, ...], kwargs: dict[
             for name, buffer in model.named_buffers():
                 if name in buffers and not torch.equal(buffer, buffers[name]):
                     buffer.copy_(buffers[name])
-    _register_types(output)
-    _register_types((args, kwargs))
+    register_dataclasses(output)
+    register_dataclasses((args, kwargs))
 
 
-def _register_types(value: Any) -> None:
+def register_dataclasses(value: Any) -> None:
+    """Make the dataclasses in a nested value known to torch's pytree, which export and flattening rest on."""
     if isinstance(value, (tuple, list)):
         for item in value:
-            _register_types(item)
+            register_dataclasses(item)
     elif isinstance(value, dict):
         for item in value.values():
-            _register_types(item)
+            register_dataclasses(item)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         if type(value) not in pytree.SUPPORTED_NODES:
             torch.export.register_dataclass(type(value))
         for each in dataclasses.fields(value):
-            _register_types(getattr(value, each.name))
+            register_dataclasses(getattr(value, each.name))

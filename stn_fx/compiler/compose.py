@@ -15,15 +15,18 @@ _SAME = {
     aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.contiguous.default,
     aten.clone.default, aten.alias.default, aten.lift_fresh_copy.default, aten.type_as.default,
 }  # fmt: skip
+_RESHAPES = {
+    aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten.squeeze.dim,
+    aten.unsqueeze.default,
+}  # fmt: skip
 _SPLITS = {aten.split.Tensor, aten.chunk.default, aten.split_with_sizes.default}
 
 
 def passes_structure(node: Node) -> bool:
     """Whether a structured response can pass this operator (for some row axis)."""
     return (
-        node.target in _SAME | _SPLITS
+        node.target in _SAME | _SPLITS | _RESHAPES
         or node.target in (aten.slice.Tensor, aten.t.default, aten.transpose.int, operator.getitem)
-        or node.target in (aten.view.default, aten.reshape.default, aten.squeeze.dim, aten.unsqueeze.default)
     )
 
 
@@ -109,7 +112,7 @@ def _inner_factor(emit: Emitter, node: Node, factor: Node, axis: int) -> Any:
     """``B`` (r, the other axes) after an operator that leaves the rows alone."""
     if node.target in (aten.t.default, aten.transpose.int):
         return factor
-    if node.target in (aten.view.default, aten.reshape.default, aten.squeeze.dim, aten.unsqueeze.default):
+    if node.target in _RESHAPES:
         shape = [int(size) for size in node.meta["val"].shape[1:]]
         return emit.call(aten.reshape.default, factor, [-1, *shape])
     if node.target is aten.slice.Tensor or node.target in _SPLITS:

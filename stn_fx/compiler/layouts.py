@@ -61,7 +61,7 @@ def unit_size(size: Any, symbol: Any) -> Any:
 
 def _decide(axes: dict[int, int | None], rows: dict[int, set[int]] | None) -> BatchLayout | None:
     """Layout from the symbolic axes and the poisoned rows along each (None = the probe could not see this value)."""
-    if rows is None:  # integers and booleans: the shape alone, where it leaves no choice
+    if rows is None or not any(rows.values()):  # integers, booleans, values alike for all: the shape, if it is plain
         plain = [axis for axis, count in axes.items() if count == 1]
         return BatchLayout(plain[0]) if len(axes) == 1 and plain else None
     fitting = []

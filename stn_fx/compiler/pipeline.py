@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from stn_fx.compiler.capture import CapturedGraph, CapturedModel, capture
+from stn_fx.compiler.capture import CapturedGraph, CapturedModel, capture, register_dataclasses
 from stn_fx.compiler.layouts import analyse_layouts, symbolic_axes
 from stn_fx.compiler.plan import Plan
 from stn_fx.compiler.planner import AnalysedGraph, plan_parameters, plan_sites
@@ -128,6 +128,7 @@ def _capture_with_batch_axis(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch_axis: BatchAxis
 ) -> tuple[CapturedModel, str]:
     """Capture with the batch axis that the caller names, else with the first of 0 and 1 that the probe confirms."""
+    register_dataclasses((args, kwargs))
     flat, spec = pytree.tree_flatten((args, kwargs))
     if not any(isinstance(value, Tensor) and value.ndim for value in flat):
         raise InputError("The example inputs hold no tensor with a batch axis. Pass a batch as the model takes it.")
@@ -140,6 +141,7 @@ def _capture_with_batch_axis(
             )
         return captured, ""
     failure: Exception | None = None
+    captured = None
     for axis in (0, 1):
         axes = _common_axes(flat, axis)
         if axes is None:
@@ -151,7 +153,7 @@ def _capture_with_batch_axis(
             continue
         if _outputs_are_decided(model, captured):
             return captured, "" if axis == 0 else "batch axis 1 of the inputs was found by the dependency probe"
-    if failure is not None:
+    if failure is not None and captured is None:
         raise failure
     raise BatchLayoutError(
         f"No axis of the inputs of {type(model).__name__} can be the batch: along axis 0 and 1 the examples are not "

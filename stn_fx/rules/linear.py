@@ -110,3 +110,6 @@ class AddmmRule(_MatrixRule):
     per_example_arguments = ("self",)
     input_at, weight_at, bias_at = 1, 2, 0
     outputs_axis = 1
+
+    def covers(self, node: Node) -> bool:
+        return node.kwargs.get("alpha", 1) == 1 and node.kwargs.get("beta", 1) == 1

@@ -104,6 +104,10 @@ class Rule:
     linear_in_first: bool = False
     """Whether the operator is linear in its first argument, and no other is differentiable."""
 
+    def covers(self, node: Node) -> bool:
+        """Whether the rule holds for this call; other calls of its operators go the general way."""
+        return True
+
     def weight_axes(self, node: Node, position: int, rank: int) -> tuple[int, ...]:
         """Axes of the tensor at ``position`` along which its response may be scaled, preferred first; () = none."""
         return ()
@@ -139,7 +143,8 @@ class Registry:
 
     def find(self, node: Node) -> Rule | None:
         """The rule for this node's operator, or None."""
-        return self._rules.get(node.target) if node.op == "call_function" else None
+        rule = self._rules.get(node.target) if node.op == "call_function" else None
+        return rule if rule is not None and rule.covers(node) else None
 
     def rules(self) -> Iterable[Rule]:
         """Every rule once."""

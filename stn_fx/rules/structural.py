@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from stn_fx.rules.elementwise import like_primal
 from stn_fx.rules.rule import REGISTRY, Emitter, Rule
 
 aten = torch.ops.aten
@@ -101,3 +102,16 @@ class WhereRule(Rule):
             return primal, None
         condition = emit.value(node.args[0])
         return primal, emit.call(torch.where, condition, 0.0 if left is None else left, 0.0 if right is None else right)
+
+
+@REGISTRY.register
+class CopyRule(Rule):
+    """``copy(x, source)``, what ``x[...] = source`` leaves behind: the source in the shape and dtype of ``x``."""
+
+    name = "structural"
+    targets = (aten.copy.default,)
+
+    def linearize(self, emit: Emitter, node: Node) -> tuple[Any, Any]:
+        primal = emit.copy(node)
+        tangent = emit.tangent(node.args[1])
+        return primal, None if tangent is None else emit.call(like_primal, tangent, primal)

@@ -6,7 +6,9 @@ missing (hardsigmoid, glu), silently NaN (the norm of a zero row) or silently wr
 196700), and it lets fused backward kernels serve as forward ones where the Jacobian is symmetric.
 """
 
+import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -50,11 +52,21 @@ def linearize(function: TensorFunction, primals: tuple[Tensor, ...], tangents: t
             arguments[index] = value
         return function(*arguments)
 
+    _load_forward_mode()
     # Forward mode refuses values that overlap in memory, such as expanded ones.
     inputs = [primals[i].detach().contiguous() for i in active]
     directions = [tangents[i].contiguous() for i in active]  # type: ignore[union-attr]
     outputs = _LinearizedOperator.apply(_floating_outputs(on_active), *inputs, *directions)
     return outputs[0] if len(outputs) == 1 else outputs
+
+
+@cache
+def _load_forward_mode() -> None:
+    """Torch loads its forward-mode rules at the first use, and then warns about its own code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        with torch.autograd.forward_ad.dual_level():
+            pass
 
 
 def pointwise(function: TensorFunction, primal: Tensor, tangent: Tensor) -> Tensor:

@@ -1,0 +1,48 @@
+"""Values of options from text; each refuses what it does not understand with the forms that it does."""
+
+import ast
+from typing import Any
+
+import torch
+
+from stn_fx import LowRank
+from stn_fx.errors import InputError
+
+
+def parse_response(text: str) -> str | LowRank:
+    """`rowwise` or `lowrank:RANK`."""
+    kind, _, rank = text.partition(":")
+    if text == "rowwise":
+        return text
+    if kind == "lowrank" and rank.isdecimal() and int(rank) > 0:
+        return LowRank(int(rank))
+    raise InputError(f"--response {text!r} is neither 'rowwise' nor 'lowrank:RANK' with a positive rank, as lowrank:8.")
+
+
+def parse_device(text: str) -> torch.device:
+    """A torch device that is there; `auto` is a GPU where there is one, else the CPU."""
+    if text == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"--device {text!r} cannot be used: {reason}. Use auto, cpu, or cuda where there is one."
+        ) from error
+    return device
+
+
+def parse_arguments(texts: list[str]) -> dict[str, Any]:
+    """`KEY=VALUE` each; values are Python literals, anything else is a string."""
+    arguments = {}
+    for text in texts:
+        key, separator, value = text.partition("=")
+        if not separator or not key.isidentifier():
+            raise InputError(f"--model-arg {text!r} is not of the form KEY=VALUE, as img_size=32.")
+        try:
+            arguments[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            arguments[key] = value
+    return arguments

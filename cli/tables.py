@@ -1,0 +1,30 @@
+"""The tables that a finished run ends with."""
+
+from rich.table import Table
+
+from stn_fx.bilevel.comparison import Run
+
+
+def comparison_table(tuned: Run, fixed: Run | None, epochs: int) -> Table:
+    """Loss and accuracy of the tuned run, next to the run at the initial values where there is one."""
+    table = Table(title=f"At the epoch with the lowest validation loss, of {epochs}", title_justify="left")
+    table.add_column("hyperparameters")
+    for column in ("validation loss", "accuracy", "test loss", "accuracy", "epoch", "seconds"):
+        table.add_column(column, justify="right")
+    rows = [("tuned", tuned)] + ([("fixed at the start values", fixed)] if fixed is not None else [])
+    for name, run in rows:
+        best = run.result.best
+        table.add_row(
+            name,
+            f"{run.valid.loss:.4f}",
+            _percent(run.valid.accuracy),
+            f"{run.test.loss:.4f}",
+            _percent(run.test.accuracy),
+            str(best.epoch) if best else "-",
+            f"{run.seconds:.0f}",
+        )
+    return table
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"

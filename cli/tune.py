@@ -1,0 +1,183 @@
+"""`stn-fx tune`: train a model on images and tune its hyperparameters, then compare with the start values."""
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from torch import nn
+from torch.optim import SGD, RMSprop
+
+from stn_fx.bilevel import RunFolder
+from stn_fx.bilevel.comparison import Recipe
+from stn_fx.bilevel.image_task import ImageTask
+from stn_fx.bilevel.steps import ENTROPY_WEIGHT
+from stn_fx.data import Splits, load_images, split_images
+
+from .model_reference import input_channels, load_model
+from .options import parse_arguments, parse_device, parse_response
+from .progress import LiveProgress
+from .tables import comparison_table
+
+SMALL_PIXELS = 16
+ENLARGED_PIXELS = 32
+
+TRAINING, TUNING, OUTPUT = "Training", "Tuning", "Output"
+
+
+def tune(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="torchvision:NAME, timm:NAME, file.py, or file.py:NAME (see below).")
+    ],
+    hparams: Annotated[
+        str, typer.Option(help="What to tune, separated by commas; options in parentheses, places after @.")
+    ] = "dropout,cutout,weight_decay",
+    data: Annotated[
+        str, typer.Option(help="digits, or a path: idx files, an .npz archive, or an image folder.")
+    ] = "digits",
+    epochs: Annotated[int, typer.Option(min=1, rich_help_panel=TRAINING, help="Passes over the training data.")] = 30,
+    batch_size: Annotated[int, typer.Option(min=1, rich_help_panel=TRAINING)] = 64,
+    lr: Annotated[
+        float, typer.Option(min=0, rich_help_panel=TRAINING, help="Learning rate of the weights (SGD).")
+    ] = 0.01,
+    momentum: Annotated[float, typer.Option(min=0, max=1, rich_help_panel=TRAINING, help="Of the same SGD.")] = 0.9,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, rich_help_panel=TRAINING, help="Side in pixels that images are resized to.")
+    ] = None,
+    examples: Annotated[
+        int | None,
+        typer.Option(min=1, rich_help_panel=TRAINING, help="Use no more images than this, validation included."),
+    ] = None,
+    valid_fraction: Annotated[
+        float, typer.Option(rich_help_panel=TRAINING, help="Share held out for tuning (and as much for test data).")
+    ] = 0.15,
+    seed: Annotated[
+        int, typer.Option(min=0, rich_help_panel=TRAINING, help="Of weights, data order, masks and perturbations.")
+    ] = 0,
+    split_seed: Annotated[int, typer.Option(min=0, rich_help_panel=TRAINING, help="Of the split of the data.")] = 0,
+    device: Annotated[
+        str, typer.Option(rich_help_panel=TRAINING, help="cpu, cuda, cuda:1, ...; auto = a GPU where there is one.")
+    ] = "auto",
+    model_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", rich_help_panel=TRAINING, help="Argument of the model's factory; repeatable."
+        ),
+    ] = None,
+    response: Annotated[
+        str, typer.Option(rich_help_panel=TUNING, help="How weights respond: rowwise, or lowrank:RANK (cheaper).")
+    ] = "rowwise",
+    warmup: Annotated[int, typer.Option(min=0, rich_help_panel=TUNING, help="Epochs before tuning begins.")] = 3,
+    train_steps: Annotated[
+        int, typer.Option(min=1, rich_help_panel=TUNING, help="Training updates between rounds of tuning.")
+    ] = 5,
+    valid_steps: Annotated[int, typer.Option(min=1, rich_help_panel=TUNING, help="Tuning updates in a round.")] = 1,
+    hyper_lr: Annotated[
+        float,
+        typer.Option(min=0, rich_help_panel=TUNING, help="Learning rate of hyperparameters and scales (RMSprop)."),
+    ] = 0.03,
+    response_lr: Annotated[
+        float | None,
+        typer.Option(min=0, rich_help_panel=TUNING, help="Learning rate of the response (SGD); else --lr."),
+    ] = None,
+    entropy_weight: Annotated[
+        float, typer.Option(min=0, rich_help_panel=TUNING, help="Reward for wide perturbations, per nat.")
+    ] = ENTROPY_WEIGHT,
+    out: Annotated[
+        Path | None, typer.Option(rich_help_panel=OUTPUT, help="Run folder; else runs/MODEL-DATA-TIME.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", rich_help_panel=OUTPUT, help="Replace a run there.")
+    ] = False,
+    compare: Annotated[
+        bool, typer.Option(rich_help_panel=OUTPUT, help="Also train at the start values, for the final table.")
+    ] = True,
+) -> None:
+    """Train a model on images and tune its hyperparameters on held-out images, in one run.
+
+    The model is used as it is: no base class, no changed layers. Where it has no dropout, dropout is inserted.
+
+    [bold]Examples[/bold]
+
+      [cyan]stn-fx tune torchvision:resnet18[/cyan]
+      tunes dropout, cutout and weight decay on scikit-learn's digits
+
+      [cyan]stn-fx tune timm:vit_tiny_patch16_224 --model-arg img_size=32 --hparams dropout,drop_path[/cyan]
+      builds the model with other arguments, and tunes other hyperparameters
+
+      [cyan]stn-fx tune mymodel.py:Net --data path/to/fashion-mnist --examples 10000 --epochs 60[/cyan]
+      a class or factory of one's own, and a part of a data set on disk
+
+      [cyan]stn-fx tune torchvision:resnet18 --hparams "dropout@layer4(initial=0.5), cutout(length=2..16)"[/cyan]
+      dropout in one part of the model from a start value, cutout between bounds
+
+    [bold]Hyperparameters[/bold]
+
+    dropout, drop_path, input_dropout, cutout, weight_decay, label_smoothing. Learning rates cannot be tuned this way.
+
+    [bold]What is left[/bold]
+
+    A run folder with values.json, schedule.csv and .json, history.csv and .json, schedule.png, and model.pt (the
+    weights at the lowest validation loss, under the model's own keys). Ctrl-C keeps what there is.
+    """
+    console = Console()
+    recipe = Recipe(
+        epochs=epochs,
+        warmup_epochs=warmup,
+        train_steps=train_steps,
+        valid_steps=valid_steps,
+        options={
+            "base_optimizer": partial(SGD, lr=lr, momentum=momentum),
+            "response_optimizer": partial(SGD, lr=lr if response_lr is None else response_lr, momentum=momentum),
+            "hyper_optimizer": partial(RMSprop, lr=hyper_lr),
+            "scale_optimizer": partial(RMSprop, lr=hyper_lr),
+            "entropy_weight": entropy_weight,
+        },
+    )
+    place, structure, arguments = parse_device(device), parse_response(response), parse_arguments(model_arg or [])
+    splits = _splits(console, data, image_size, valid_fraction, examples, split_seed)
+    loaded = load_model(model, len(splits.classes), splits.train.channels, arguments)
+    splits = _with_channels(console, splits, input_channels(loaded.model))
+
+    def build() -> nn.Module:
+        return load_model(model, len(splits.classes), splits.train.channels, arguments).model
+
+    task = ImageTask(build, splits, hparams, structure, batch_size, place)
+    folder = RunFolder(out or _default_folder(loaded.name, data), overwrite)
+    console.print(f"Run folder: {folder.path}")
+    tuned = task.tuned(recipe, seed, [LiveProgress(console, "tuned"), folder])
+    fixed = task.fixed(recipe, seed, [LiveProgress(console, "fixed")]) if compare else None
+    console.print(comparison_table(tuned, fixed, epochs))
+    console.print(f"Values, schedule, picture and weights: {folder.path}")
+
+
+def _splits(
+    console: Console, data: str, side: int | None, valid_fraction: float, examples: int | None, seed: int
+) -> Splits:
+    """Read and split the images; says what was read and what was done to it."""
+    source = load_images(data, side)
+    console.print(f"Data: {source.description}")
+    splits = split_images(source.train, source.test, source.classes, valid_fraction, examples, seed)
+    parts = (len(splits.train), len(splits.valid), len(splits.test))
+    console.print("Split: {:,} for training, {:,} for validation, {:,} for test".format(*parts))
+    if side is None and min(splits.train.size) < SMALL_PIXELS:
+        side = ENLARGED_PIXELS
+    if side is not None and splits.train.size != (side, side):
+        console.print(f"Images are resized to {side}x{side} pixels (--image-size chooses another size).")
+        splits = splits.resized(side)
+    return splits
+
+
+def _with_channels(console: Console, splits: Splits, channels: int | None) -> Splits:
+    """Bring the images to the channels that the model takes; says so where it changes them."""
+    if channels is None or channels == splits.train.channels:
+        return splits
+    how = "grey images are repeated" if splits.train.channels == 1 else "colours are averaged"
+    console.print(f"The model takes {channels} channels: {how}.")
+    return splits.with_channels(channels)
+
+
+def _default_folder(model: str, data: str) -> Path:
+    return Path("runs") / f"{model}-{Path(data).stem}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -1,0 +1,123 @@
+"""Does tuning pay? The README's main job over several seeds, from a good start and from a bad one.
+
+    python examples/benchmarks/digits.py
+    python examples/benchmarks/digits.py --model torchvision:resnet18 --epochs 20 --seeds 0 1 2 --out digits.csv
+
+For each start and seed, a model is trained with tuning and, from the same weights and in the same order, at the fixed
+start values for the same number of epochs. Both are read at their epoch with the lowest validation loss; also told is
+the validation loss of the last epoch. An epoch costs more time with tuning, which is told too.
+"""
+
+import argparse
+import csv
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from stn_fx_cli.model_reference import input_channels, load_model
+from torch import nn
+
+from stn_fx.bilevel.comparison import Recipe, Run
+from stn_fx.bilevel.image_task import ImageTask
+from stn_fx.data import load_images, split_images
+
+STARTS = {
+    "good": "dropout,cutout,weight_decay",
+    "bad": "dropout(initial=0.5),cutout,weight_decay",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Losses of one start, seed and way of training."""
+
+    start: str
+    seed: int
+    way: str
+    valid_loss: float
+    last_valid_loss: float
+    test_loss: float
+    test_accuracy: float | None
+    seconds: float
+
+    @staticmethod
+    def of(start: str, seed: int, way: str, run: Run) -> "Row":
+        """Read a finished run."""
+        last = run.result.history[-1].valid_loss
+        return Row(start, seed, way, run.valid.loss, last, run.test.loss, run.test.accuracy, run.seconds)
+
+
+def digits_task(reference: str, hparams: str, side: int, batch_size: int) -> ImageTask:
+    """The task of the README's main job."""
+    source = load_images("digits")
+    splits = split_images(source.train, source.test, source.classes).resized(side)
+    channels = input_channels(load_model(reference, 10, splits.train.channels).model)
+    splits = splits.with_channels(channels or splits.train.channels)
+
+    def build() -> nn.Module:
+        return load_model(reference, 10, splits.train.channels).model
+
+    return ImageTask(build, splits, hparams, batch_size=batch_size)
+
+
+def table(rows: list[Row]) -> Table:
+    """Means over the seeds."""
+    summary = Table(title="means over the seeds, at the epoch with the lowest validation loss", title_justify="left")
+    for column in ("start", "run", "valid loss", "(std)", "at the last epoch", "test loss", "test accuracy", "seconds"):
+        summary.add_column(column, justify="left" if column in ("start", "run") else "right")
+    for start in dict.fromkeys(row.start for row in rows):
+        for way in dict.fromkeys(row.way for row in rows):
+            chosen = [row for row in rows if (row.start, row.way) == (start, way)]
+            if chosen:
+                valid = [row.valid_loss for row in chosen]
+                summary.add_row(
+                    start,
+                    way,
+                    f"{statistics.mean(valid):.4f}",
+                    f"{statistics.stdev(valid):.4f}" if len(valid) > 1 else "-",
+                    f"{statistics.mean(row.last_valid_loss for row in chosen):.4f}",
+                    f"{statistics.mean(row.test_loss for row in chosen):.4f}",
+                    f"{statistics.mean(row.test_accuracy or 0 for row in chosen):.1%}",
+                    f"{statistics.mean(row.seconds for row in chosen):.0f}",
+                )
+    return summary
+
+
+def main() -> None:
+    """Parse, run, print; rows reach the file as soon as there are any, so that an interrupted run is not lost."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="timm:resnet10t")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--side", type=int, default=32, help="images are resized to this side in pixels")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--starts", nargs="+", choices=list(STARTS), default=list(STARTS))
+    parser.add_argument("--out", type=Path, help="CSV file of all runs")
+    options = parser.parse_args()
+
+    console, rows = Console(), []
+    recipe = Recipe(epochs=options.epochs)
+    for start in options.starts:
+        task = digits_task(options.model, STARTS[start], options.side, options.batch_size)
+        for seed in options.seeds:
+            for way, train in (("tuned", task.tuned), ("fixed", task.fixed)):
+                row = Row.of(start, seed, way, train(recipe, seed))
+                rows.append(row)
+                console.print(f"{start} start, seed {seed}, {way}: validation loss {row.valid_loss:.4f}")
+                if options.out:
+                    write(options.out, rows)
+    console.print(table(rows))
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    """All rows so far."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(Row.__annotations__))
+        writer.writeheader()
+        writer.writerows(vars(row) for row in rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Tuned against fixed: the same model, data order and number of epochs, with and without tuning.
+
+Both runs select their epoch by the validation loss, and the test set is read once for each, at that epoch.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+
+from stn_fx.bilevel.callbacks import Callback, KeepBest
+from stn_fx.bilevel.evaluation import Evaluation
+from stn_fx.bilevel.objective import Loss, Objective
+from stn_fx.bilevel.records import FitResult
+from stn_fx.bilevel.steps import DeltaSTN, DeltaSTNOptions, FixedHyperparameters
+from stn_fx.bilevel.trainer import WARMUP_EPOCHS, BilevelTrainer
+
+if TYPE_CHECKING:
+    from stn_fx.transform import SelfTuningModule
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How both runs are trained.
+
+    Attributes:
+        epochs: passes over the training data.
+        warmup_epochs: see `BilevelTrainer.fit`; so are `train_steps` and `valid_steps`.
+        train_steps: T_train.
+        valid_steps: T_valid.
+        options: optimizers (factories, because each run has its own parameters) and entropy weight of `DeltaSTN`.
+        loss: of both.
+    """
+
+    epochs: int
+    warmup_epochs: int = WARMUP_EPOCHS
+    train_steps: int = 5
+    valid_steps: int = 1
+    options: DeltaSTNOptions = field(default_factory=DeltaSTNOptions)
+    loss: Loss | Objective = F.cross_entropy
+
+
+@dataclass(frozen=True)
+class Run:
+    """Outcome of one run, at its epoch with the lowest validation loss.
+
+    Attributes:
+        result: schedule and history of the whole run.
+        valid: on the validation data.
+        test: on the test data.
+        seconds: wall time of training, without the evaluation on test data.
+    """
+
+    result: FitResult
+    valid: Evaluation
+    test: Evaluation
+    seconds: float
+
+
+def tuned_run(
+    stn: "SelfTuningModule",
+    recipe: Recipe,
+    train: Iterable[Any],
+    valid: Iterable[Any],
+    test: Iterable[Any],
+    callbacks: Sequence[Callback] = (),
+) -> Run:
+    """Train with tuning; `stn` ends in the state of its best epoch. Raises as `BilevelTrainer` does."""
+    algorithm = DeltaSTN(stn, recipe.loss, **recipe.options)
+    return _run(BilevelTrainer(stn, train=train, valid=valid, algorithm=algorithm), recipe, test, callbacks)
+
+
+def fixed_run(
+    stn: "SelfTuningModule",
+    recipe: Recipe,
+    train: Iterable[Any],
+    valid: Iterable[Any],
+    test: Iterable[Any],
+    callbacks: Sequence[Callback] = (),
+) -> Run:
+    """Train by the base pass alone at the initial hyperparameters; else as `tuned_run`."""
+    base_optimizer = recipe.options.get("base_optimizer")
+    algorithm = FixedHyperparameters(stn, recipe.loss, base_optimizer=base_optimizer)
+    return _run(BilevelTrainer(stn, train=train, valid=valid, algorithm=algorithm), recipe, test, callbacks)
+
+
+def _run(trainer: BilevelTrainer, recipe: Recipe, test: Iterable[Any], callbacks: Sequence[Callback]) -> Run:
+    keep = KeepBest()
+    began = time.perf_counter()
+    result = trainer.fit(
+        recipe.epochs,
+        warmup_epochs=recipe.warmup_epochs,
+        train_steps=recipe.train_steps,
+        valid_steps=recipe.valid_steps,
+        callbacks=[keep, *callbacks],
+    )
+    seconds = time.perf_counter() - began
+    keep.restore(trainer)
+    return Run(result, trainer.evaluate(trainer.valid), trainer.evaluate(test), seconds)

@@ -1,0 +1,82 @@
+"""A classification of images as a task that can be run many times: same split, any seed, tuned or fixed."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stn_fx.bilevel.callbacks import Callback
+from stn_fx.bilevel.comparison import Recipe, Run, fixed_run, tuned_run
+from stn_fx.data import Splits, image_batches
+from stn_fx.errors import InputError
+from stn_fx.rules.structure import LowRank
+from stn_fx.transform import SelfTuningModule, transform
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class ImageTask:
+    """Everything that a tuned and a fixed run have in common.
+
+    Attributes:
+        build: makes the untrained model; called after torch's seed was set.
+        splits: images of the size and with the channels that the model takes.
+        hparams: as for `stn_fx.transform`.
+        response: as for `stn_fx.transform`.
+        batch_size: B, for training and validation.
+        device: of model and batches.
+    """
+
+    build: Callable[[], nn.Module]
+    splits: Splits
+    hparams: str
+    response: str | LowRank = "rowwise"
+    batch_size: int = 64
+    device: torch.device = CPU
+
+    def tuned(self, recipe: Recipe, seed: int, callbacks: Sequence[Callback] = ()) -> Run:
+        """Train with tuning; the seed is that of the weights, the order of the data, masks and perturbations."""
+        loaders = image_batches(self.splits, self.batch_size, seed)
+        return tuned_run(self.wrapped(seed), recipe, loaders.train, loaders.valid, loaders.test, callbacks)
+
+    def fixed(self, recipe: Recipe, seed: int, callbacks: Sequence[Callback] = ()) -> Run:
+        """Train at the initial hyperparameters; else as `tuned`."""
+        loaders = image_batches(self.splits, self.batch_size, seed)
+        return fixed_run(self.wrapped(seed), recipe, loaders.train, loaders.valid, loaders.test, callbacks)
+
+    def wrapped(self, seed: int) -> SelfTuningModule:
+        """A new, untrained model, captured with a batch of the training data.
+
+        Raises:
+            InputError: the model cannot take these images, or has not one score for each class.
+            StnError: as `stn_fx.transform` does.
+        """
+        torch.manual_seed(seed)
+        model = self.build().to(self.device)
+        x, _ = next(iter(image_batches(self.splits, self.batch_size, seed).train))
+        x = x.to(self.device)
+        self._check_scores(model, x)
+        return transform(model, self.hparams, example_inputs=(x,), response=self.response, seed=seed)
+
+    @torch.no_grad()
+    def _check_scores(self, model: nn.Module, x: Tensor) -> None:
+        """One evaluation of the plain model, so that what does not fit is told before anything is captured."""
+        training = model.training
+        shape, classes = tuple(x.shape[1:]), len(self.splits.classes)
+        try:
+            scores = model.eval()(x)
+        except Exception as error:  # whatever a user's model raises
+            raise InputError(
+                f"The model cannot take images of shape {shape} (channels, height, width): {type(error).__name__}: "
+                f"{error}. Choose another image size, or build the model for this one."
+            ) from error
+        finally:
+            model.train(training)
+        if not isinstance(scores, Tensor) or scores.ndim != 2 or scores.shape[1] < classes:
+            got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+            raise InputError(
+                f"The model's output for {len(x)} images is {got}; one score for each of the {classes} classes is "
+                f"needed, shape ({len(x)}, {classes}). Build the model with that number of outputs."
+            )

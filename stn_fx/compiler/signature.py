@@ -1,0 +1,36 @@
+"""What a captured graph holds for: the inputs' structure and shapes, the parameters' device and dtype, and the modes.
+
+A new combination is captured anew; the captured ones are kept, so that going back and forth costs nothing.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+Signature = tuple[Any, ...]
+
+
+def input_signature(args: tuple[Any, ...], kwargs: dict[str, Any], batch_axes: list[int | None]) -> Signature:
+    """Structure, dtypes and shapes of the inputs, without the batch size."""
+    flat, spec = pytree.tree_flatten((args, kwargs))
+    if len(flat) != len(batch_axes):
+        return (spec, len(flat))
+    return (spec, *(_leaf(value, axis) for value, axis in zip(flat, batch_axes, strict=True)))
+
+
+def _leaf(value: Any, batch_axis: int | None) -> Any:
+    if not isinstance(value, Tensor):
+        return ("constant", value)
+    shape = tuple("batch" if axis == batch_axis else size for axis, size in enumerate(value.shape))
+    return ("tensor", shape, value.dtype)
+
+
+def module_signature(model: nn.Module) -> Signature:
+    """Device and dtype of every parameter, and what is frozen."""
+    return tuple((p.device, p.dtype, p.requires_grad) for p in model.parameters())
+
+
+def training_flags(model: nn.Module) -> Signature:
+    """The mode of every submodule: a training graph holds for one vector of them (frozen batch norms are usual)."""
+    return tuple(module.training for module in model.modules())
