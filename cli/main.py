@@ -2,6 +2,7 @@
 
 import typer
 
+from .convert import convert
 from .errors import reports_errors
 from .tune import tune
 
@@ -20,6 +21,7 @@ def _application() -> None:
     """Tunes the regularization hyperparameters of any unmodified PyTorch model, while it trains, in one run."""
 
 
+app.command()(reports_errors(convert))
 app.command()(reports_errors(tune))
 
 if __name__ == "__main__":

@@ -7,11 +7,16 @@ from stn_fx.bilevel.comparison import Run
 
 def comparison_table(tuned: Run, fixed: Run | None, epochs: int) -> Table:
     """Loss and accuracy of the tuned run, next to the run at the initial values where there is one."""
-    table = Table(title=f"At the epoch with the lowest validation loss, of {epochs}", title_justify="left")
-    table.add_column("hyperparameters")
-    for column in ("validation loss", "accuracy", "test loss", "accuracy", "epoch", "seconds"):
+    table = Table(
+        title=f"At the epoch with the lowest validation loss, of {epochs}",
+        caption="fixed: the same model, hyperparameters at their start values" if fixed is not None else None,
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("")
+    for column in ("valid. loss", "accuracy", "test loss", "accuracy", "epoch", "seconds"):
         table.add_column(column, justify="right")
-    rows = [("tuned", tuned)] + ([("fixed at the start values", fixed)] if fixed is not None else [])
+    rows = [("tuned", tuned)] + ([("fixed", fixed)] if fixed is not None else [])
     for name, run in rows:
         best = run.result.best
         table.add_row(

@@ -3,5 +3,6 @@
 from stn_fx.hparams import Hyperparameter
 from stn_fx.rules.structure import LowRank
 from stn_fx.transform import SelfTuningModule, transform
+from stn_fx.verify import check
 
-__all__ = ["Hyperparameter", "LowRank", "SelfTuningModule", "transform"]
+__all__ = ["Hyperparameter", "LowRank", "SelfTuningModule", "check", "transform"]

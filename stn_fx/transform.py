@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stn_fx.augment.draws import Draws
+from stn_fx.compiler.finalize import Finalized, write_rates
 from stn_fx.compiler.pipeline import BatchAxis, CompiledModel, compile_model, state_tensors
 from stn_fx.compiler.plan import ParameterPlan
+from stn_fx.compiler.report import Report
 from stn_fx.compiler.signature import input_signature, module_signature, training_flags
 from stn_fx.errors import InputError, StnError
 from stn_fx.hparams import Hyperparameter, HyperparameterSpace, parse_hparams
@@ -85,6 +87,7 @@ class SelfTuningModule(nn.Module):
         self._captures: list[_Capture] = []
         self._example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.response = nn.Module()
+        self.finalized: Finalized | None = None
 
     # ---- compilation
 
@@ -171,7 +174,7 @@ class SelfTuningModule(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         states = state.pop("_generators")
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         self._generators = {}
         for device, generator_state in states.items():
             self.generator(device).set_state(generator_state)
@@ -268,17 +271,17 @@ class SelfTuningModule(nn.Module):
         return total
 
     @property
-    def report(self) -> Any:
+    def report(self) -> Report:
         """What was conditioned, by which rule, what was not and why."""
-        from stn_fx.compiler.report import Report
-
         return Report.of(self.compiled, self)
 
     def finalize(self) -> nn.Module:
-        """Write the tuned rates into the model's own modules where they have a place; return the plain model."""
-        from stn_fx.compiler.finalize import write_rates
+        """Write the tuned rates into the model's own modules where they have a place; return the plain model.
 
-        write_rates(self.model, self.compiled.plan, self.hparams.values())
+        What was written and what has no place in the model (inserted sites, cutout, terms of the loss) is then in
+        ``stn.finalized``.
+        """
+        self.finalized = write_rates(self.model, self.compiled.plan, self.hparams.values())
         return self.model
 
     # ---- randomness and plumbing
@@ -314,7 +317,8 @@ class SelfTuningModule(nn.Module):
                 if index:
                     self._captures.insert(0, self._captures.pop(index))
                 return capture.compiled, flat
-        return self._compile(args, kwargs), flat
+        compiled = self._compile(args, kwargs)  # registers dataclasses, so that they are flattened from now on
+        return compiled, pytree.tree_leaves((args, kwargs))
 
 
 @dataclass(frozen=True)

@@ -194,8 +194,9 @@ def assert_training_graph(subject: Subject, batch: int) -> None:
         primal, tangent = subject.call(stn.linearize, inputs, raw=raw_BH)
         stn.eval()
     judged = subject.weight_space_jvp(subject.training_twin(), inputs, delta_H)
-    assert_close(leaves(primal), judged[0], "primal of the training graph")
-    assert_close(leaves(tangent), judged[1], "tangent of the training graph")
+    # Batch statistics over few values amplify rounding.
+    assert_close(leaves(primal), judged[0], "primal of the training graph", 1e-8)
+    assert_close(leaves(tangent), judged[1], "tangent of the training graph", 1e-8)
     for name, buffer in subject.model.named_buffers():
         assert torch.equal(buffer, buffers[name]), f"the linearized pass has changed the buffer {name}"
 

@@ -1,5 +1,7 @@
 """Tiny modules, one per behaviour of a rule: the table that `test_rules.py` runs against the oracles."""
 
+import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,8 +82,6 @@ def case(name: str, build: Callable[[], nn.Module], inputs: Callable[[int], Any]
 
 def seq(*layers: nn.Module) -> Callable[[], nn.Module]:
     """`nn.Sequential`, made anew at every call from freshly initialised copies."""
-    import copy
-
     return lambda: nn.Sequential(*[copy.deepcopy(layer) for layer in layers])
 
 
@@ -92,7 +92,12 @@ LINEAR, MATMUL, ADDMM = "LinearRule", "MatmulRule", "AddmmRule"
 case("linear", seq(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)), noise(5), LINEAR, "PointwiseRule")
 case("linear without bias", seq(nn.Linear(5, 4, bias=False)), noise(5), LINEAR)
 case("linear on 4 axes", seq(nn.Linear(5, 4)), noise(2, 3, 5), LINEAR)
-case("matmul with a parameter", lambda: Fn(lambda m, x: x @ m.w + m.b, w=torch.rand(5, 4), b=torch.rand(4)), noise(5), MATMUL)
+case(
+    "matmul with a parameter",
+    lambda: Fn(lambda m, x: x @ m.w + m.b, w=torch.rand(5, 4), b=torch.rand(4)),
+    noise(5),
+    MATMUL,
+)
 case("mm", lambda: Fn(lambda m, x: torch.mm(x, m.w), w=torch.rand(5, 4)), noise(5), MATMUL)
 case(
     "addmm",
@@ -100,17 +105,50 @@ case(
     noise(3, 5),
     ADDMM,
 )
-case("addmm, alpha and beta", lambda: Fn(lambda m, x: torch.addmm(m.b, x, m.w, beta=0.5, alpha=2.0), w=torch.rand(5, 4), b=torch.rand(4)), noise(5))
+case(
+    "addmm, alpha and beta",
+    lambda: Fn(lambda m, x: torch.addmm(m.b, x, m.w, beta=0.5, alpha=2.0), w=torch.rand(5, 4), b=torch.rand(4)),
+    noise(5),
+)
 case("a parameter on the left of matmul", lambda: Fn(lambda m, x: m.w @ x, w=torch.rand(4, 5)), noise(5, 3))
 case("bilinear", lambda: Fn(lambda m, x: m.f(x, x.sin()), f=nn.Bilinear(3, 3, 2)), noise(3))
 case("einsum", lambda: Fn(lambda m, x: torch.einsum("bic,co->bio", x, m.w), w=torch.rand(5, 4)), noise(3, 5))
-case("einsum of heads", lambda: Fn(lambda m, x: torch.einsum("bic,hcd->bhid", x, m.w), w=torch.rand(2, 5, 4)), noise(3, 5))
+case(
+    "einsum of heads",
+    lambda: Fn(lambda m, x: torch.einsum("bic,hcd->bhid", x, m.w), w=torch.rand(2, 5, 4)),
+    noise(3, 5),
+)
 case("baddbmm", lambda: Fn(lambda m, x: torch.baddbmm(m.b, x, x.transpose(1, 2)), b=torch.rand(1, 3, 3)), noise(3, 5))
-case("parameter used by two layers", lambda: Fn(lambda m, x: F.linear(F.linear(x, m.w).tanh(), m.w), w=torch.rand(4, 4)), noise(4), LINEAR)
-case("weight and its transpose", lambda: Fn(lambda m, x: F.linear(F.linear(x, m.w).tanh(), m.w.t()), w=torch.rand(3, 4)), noise(4), LINEAR)
-case("slices of one weight", lambda: Fn(lambda m, x: F.linear(x, m.w[:2]) * F.linear(x, m.w[2:]), w=torch.rand(4, 5)), noise(5), LINEAR)
-case("column slices of one weight", lambda: Fn(lambda m, x: F.linear(x, m.w[:, :5]) + F.linear(x.sin(), m.w[:, 5:]), w=torch.rand(4, 10)), noise(5), LINEAR)
-case("chunks of one weight", lambda: Fn(lambda m, x: sum(F.linear(x, w).sin() for w in m.w.chunk(2)), w=torch.rand(4, 5)), noise(5), LINEAR)
+case(
+    "parameter used by two layers",
+    lambda: Fn(lambda m, x: F.linear(F.linear(x, m.w).tanh(), m.w), w=torch.rand(4, 4)),
+    noise(4),
+    LINEAR,
+)
+case(
+    "weight and its transpose",
+    lambda: Fn(lambda m, x: F.linear(F.linear(x, m.w).tanh(), m.w.t()), w=torch.rand(3, 4)),
+    noise(4),
+    LINEAR,
+)
+case(
+    "slices of one weight",
+    lambda: Fn(lambda m, x: F.linear(x, m.w[:2]) * F.linear(x, m.w[2:]), w=torch.rand(4, 5)),
+    noise(5),
+    LINEAR,
+)
+case(
+    "column slices of one weight",
+    lambda: Fn(lambda m, x: F.linear(x, m.w[:, :5]) + F.linear(x.sin(), m.w[:, 5:]), w=torch.rand(4, 10)),
+    noise(5),
+    LINEAR,
+)
+case(
+    "chunks of one weight",
+    lambda: Fn(lambda m, x: sum(F.linear(x, w).sin() for w in m.w.chunk(2)), w=torch.rand(4, 5)),
+    noise(5),
+    LINEAR,
+)
 case("a reshaped weight", lambda: Fn(lambda m, x: F.linear(x, m.w.flatten(1)), w=torch.rand(4, 5, 1)), noise(5), LINEAR)
 TRIANGLE = torch.ones(4, 5, dtype=torch.float64).tril()
 case(
@@ -127,51 +165,168 @@ CONV, TRANSPOSED = "ConvolutionRule", "TransposedConvolutionRule"
 
 for dims, (layer, size) in enumerate(((nn.Conv1d, (7,)), (nn.Conv2d, (6, 5)), (nn.Conv3d, (4, 4, 3))), 1):
     case(f"conv{dims}d", seq(layer(2, 4, 3, padding=1)), noise(2, *size), CONV)
-    case(f"conv{dims}d, strides and dilation", seq(layer(2, 4, 2, stride=2, dilation=2, bias=False)), noise(2, *size), CONV)
+    case(
+        f"conv{dims}d, strides and dilation",
+        seq(layer(2, 4, 2, stride=2, dilation=2, bias=False)),
+        noise(2, *size),
+        CONV,
+    )
     case(f"conv{dims}d, groups", seq(layer(4, 6, 3, padding=1, groups=2)), noise(4, *size), CONV)
     case(f"conv{dims}d, depthwise", seq(layer(4, 4, 3, padding=1, groups=4)), noise(4, *size), CONV)
     case(f"conv{dims}d, depthwise with multiplier", seq(layer(4, 8, 3, padding=1, groups=4)), noise(4, *size), CONV)
 for mode in ("circular", "reflect", "replicate"):
-    case(f"conv2d, {mode} padding", seq(nn.Conv2d(2, 4, 3, padding=1, padding_mode=mode), nn.Conv2d(4, 3, 3, padding=1, padding_mode=mode)), noise(2, 6, 5), CONV)
-case("conv2d, same padding", seq(nn.Conv2d(2, 4, (2, 4), padding="same"), nn.Conv2d(4, 3, 3, padding="same", dilation=2)), noise(2, 6, 5), CONV)
-case("conv2d, asymmetric", seq(nn.Conv2d(2, 4, (3, 1), (2, 1), (1, 0)), nn.Conv2d(4, 4, (1, 3), groups=4)), noise(2, 6, 5), CONV)
-for dims, (layer, size) in enumerate(((nn.ConvTranspose1d, (5,)), (nn.ConvTranspose2d, (4, 3)), (nn.ConvTranspose3d, (3, 2, 3))), 1):
+    case(
+        f"conv2d, {mode} padding",
+        seq(nn.Conv2d(2, 4, 3, padding=1, padding_mode=mode), nn.Conv2d(4, 3, 3, padding=1, padding_mode=mode)),
+        noise(2, 6, 5),
+        CONV,
+    )
+case(
+    "conv2d, same padding",
+    seq(nn.Conv2d(2, 4, (2, 4), padding="same"), nn.Conv2d(4, 3, 3, padding="same", dilation=2)),
+    noise(2, 6, 5),
+    CONV,
+)
+case(
+    "conv2d, asymmetric",
+    seq(nn.Conv2d(2, 4, (3, 1), (2, 1), (1, 0)), nn.Conv2d(4, 4, (1, 3), groups=4)),
+    noise(2, 6, 5),
+    CONV,
+)
+for dims, (layer, size) in enumerate(
+    ((nn.ConvTranspose1d, (5,)), (nn.ConvTranspose2d, (4, 3)), (nn.ConvTranspose3d, (3, 2, 3))), 1
+):
     case(f"transposed conv{dims}d", seq(layer(3, 4, 3), layer(4, 2, 3, padding=1)), noise(3, *size), TRANSPOSED)
-    case(f"transposed conv{dims}d, groups and output padding", seq(layer(4, 6, 3, 2, 1, 1, groups=2)), noise(4, *size), TRANSPOSED)
+    case(
+        f"transposed conv{dims}d, groups and output padding",
+        seq(layer(4, 6, 3, 2, 1, 1, groups=2)),
+        noise(4, *size),
+        TRANSPOSED,
+    )
     case(f"transposed conv{dims}d, dilation", seq(layer(4, 6, 2, dilation=2, bias=False)), noise(4, *size), TRANSPOSED)
-case("weight norm, hook", lambda: nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(5, 4)), nn.Tanh(), nn.Linear(4, 3)), noise(5), LINEAR, structures=("effective",))
-case("weight norm, parametrization", lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 4, 3)), nn.Tanh()), noise(2, 7), CONV, structures=("effective",))
-case("StdConv2d", seq(timm.layers.StdConv2d(3, 4, 3, padding=1), nn.GELU()), noise(3, 5, 5), CONV, structures=("effective",))
-case("ScaledStdConv2d", seq(timm.layers.ScaledStdConv2d(3, 4, 3, padding=1), nn.GELU()), noise(3, 5, 5), CONV, structures=("effective",))
+
+
+def weight_norm_by_hook() -> nn.Module:
+    with warnings.catch_warnings():  # torch recommends its parametrization, but the older one is everywhere
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(5, 4)), nn.Tanh(), nn.Linear(4, 3))
+
+
+case("weight norm, hook", weight_norm_by_hook, noise(5), LINEAR, structures=("effective",))
+case(
+    "weight norm, parametrization",
+    lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 4, 3)), nn.Tanh()),
+    noise(2, 7),
+    CONV,
+    structures=("effective",),
+)
+case(
+    "StdConv2d",
+    seq(timm.layers.StdConv2d(3, 4, 3, padding=1), nn.GELU()),
+    noise(3, 5, 5),
+    CONV,
+    structures=("effective",),
+)
+case(
+    "ScaledStdConv2d",
+    seq(timm.layers.ScaledStdConv2d(3, 4, 3, padding=1), nn.GELU()),
+    noise(3, 5, 5),
+    CONV,
+    structures=("effective",),
+)
 
 # ---- norms
 
 case("batch norm 1d", seq(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh()), noise(5), "BatchNormRule")
 case("batch norm 1d on sequences", seq(nn.Conv1d(3, 4, 2), nn.BatchNorm1d(4), nn.Tanh()), noise(3, 6), "BatchNormRule")
-case("batch norm 2d", seq(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)), noise(3, 6, 5), "BatchNormRule", "ReluRule")
+case(
+    "batch norm 2d",
+    seq(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)),
+    noise(3, 6, 5),
+    "BatchNormRule",
+    "ReluRule",
+)
 case("batch norm 3d", seq(nn.Conv3d(3, 4, 2), nn.BatchNorm3d(4), nn.Tanh()), noise(3, 3, 3, 3), "BatchNormRule")
-case("batch norm without affine", seq(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False), nn.Tanh()), noise(3, 6, 5), "BatchNormRule")
-case("batch norm, cumulative average", seq(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=None), nn.Tanh()), noise(3, 6, 5), "BatchNormRule")
-case("frozen batch norm", lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4).eval(), nn.Tanh()), noise(3, 6, 5), "BatchNormRule")
+case(
+    "batch norm without affine",
+    seq(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False), nn.Tanh()),
+    noise(3, 6, 5),
+    "BatchNormRule",
+)
+case(
+    "batch norm, cumulative average",
+    seq(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=None), nn.Tanh()),
+    noise(3, 6, 5),
+    "BatchNormRule",
+)
+case(
+    "frozen batch norm",
+    lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4).eval(), nn.Tanh()),
+    noise(3, 6, 5),
+    "BatchNormRule",
+)
 case("layer norm", seq(nn.Linear(5, 4), nn.LayerNorm(4), nn.Tanh()), noise(3, 5), "LayerNormRule")
 case("layer norm over two axes", seq(nn.Linear(5, 4), nn.LayerNorm((3, 4)), nn.Tanh()), noise(3, 5), "LayerNormRule")
-case("layer norm without affine", seq(nn.Linear(5, 4), nn.LayerNorm(4, elementwise_affine=False)), noise(3, 5), "LayerNormRule")
+case(
+    "layer norm without affine",
+    seq(nn.Linear(5, 4), nn.LayerNorm(4, elementwise_affine=False)),
+    noise(3, 5),
+    "LayerNormRule",
+)
 case("layer norm without bias", seq(nn.LayerNorm(5, bias=False), nn.Linear(5, 4)), noise(3, 5), "LayerNormRule")
 case("group norm", seq(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Tanh()), noise(3, 6, 5), "GroupNormRule")
 case("group norm of vectors", seq(nn.Linear(3, 4), nn.GroupNorm(2, 4), nn.Tanh()), noise(3), "GroupNormRule")
-case("instance norm", seq(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4), nn.Tanh()), noise(3, 6, 5), "InstanceNormRule", zero_gradients=("0.bias.G",))
-case("instance norm, affine", seq(nn.Conv1d(3, 4, 3), nn.InstanceNorm1d(4, affine=True), nn.Tanh()), noise(3, 6), "InstanceNormRule", zero_gradients=("0.bias.G",))
-case("instance norm, running statistics", seq(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, affine=True, track_running_stats=True), nn.Tanh()), noise(3, 6, 5), "InstanceNormRule")
+case(
+    "instance norm",
+    seq(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4), nn.Tanh()),
+    noise(3, 6, 5),
+    "InstanceNormRule",
+    zero_gradients=("0.bias.G",),
+)
+case(
+    "instance norm, affine",
+    seq(nn.Conv1d(3, 4, 3), nn.InstanceNorm1d(4, affine=True), nn.Tanh()),
+    noise(3, 6),
+    "InstanceNormRule",
+    zero_gradients=("0.bias.G",),
+)
+case(
+    "instance norm, running statistics",
+    seq(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, affine=True, track_running_stats=True), nn.Tanh()),
+    noise(3, 6, 5),
+    "InstanceNormRule",
+)
 case("RMS norm", seq(nn.Linear(5, 4), nn.RMSNorm(4), nn.Tanh()), noise(3, 5), "RMSNormRule")
-case("RMS norm over two axes", seq(nn.Linear(5, 4), nn.RMSNorm((3, 4), eps=1e-3), nn.Tanh()), noise(3, 5), "RMSNormRule")
-case("timm layer norm 2d", seq(nn.Conv2d(3, 4, 3), timm.layers.LayerNorm2d(4), nn.Tanh()), noise(3, 6, 5), "LayerNormRule")
-case("hand-written RMS norm", lambda: Fn(lambda m, x: m.f(m.g * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)), g=torch.rand(5), f=nn.Linear(5, 4)), noise(3, 5), "ProductRule")
+case(
+    "RMS norm over two axes", seq(nn.Linear(5, 4), nn.RMSNorm((3, 4), eps=1e-3), nn.Tanh()), noise(3, 5), "RMSNormRule"
+)
+case(
+    "timm layer norm 2d",
+    seq(nn.Conv2d(3, 4, 3), timm.layers.LayerNorm2d(4), nn.Tanh()),
+    noise(3, 6, 5),
+    "LayerNormRule",
+)
+case(
+    "hand-written RMS norm",
+    lambda: Fn(
+        lambda m, x: m.f(m.g * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)),
+        g=torch.rand(5),
+        f=nn.Linear(5, 4),
+    ),
+    noise(3, 5),
+    "ProductRule",
+)
 case("local response norm", seq(nn.Conv2d(3, 6, 3), nn.LocalResponseNorm(3), nn.Conv2d(6, 2, 1)), noise(3, 6, 5))
 
 # ---- embeddings
 
 case("embedding", seq(nn.Embedding(11, 6), nn.Linear(6, 3)), tokens(4), "EmbeddingRule")
-case("embedding with padding_idx", seq(nn.Embedding(11, 6, padding_idx=0), nn.Linear(6, 3)), tokens(4, 10, 1), "EmbeddingRule")
+case(
+    "embedding with padding_idx",
+    seq(nn.Embedding(11, 6, padding_idx=0), nn.Linear(6, 3)),
+    tokens(4, 10, 1),
+    "EmbeddingRule",
+)
 
 
 class TiedDecoder(nn.Module):
@@ -186,27 +341,133 @@ class TiedDecoder(nn.Module):
 
 
 case("embedding tied to a decoder", TiedDecoder, tokens(4), "EmbeddingRule", LINEAR)
-case("position embedding by arange", lambda: Fn(lambda m, x: m.f(m.e(x) + m.p(torch.arange(x.shape[1]))), e=nn.Embedding(11, 6), p=nn.Embedding(4, 6), f=nn.Linear(6, 3)), tokens(4), "EmbeddingRule")
+case(
+    "position embedding by arange",
+    lambda: Fn(
+        lambda m, x: m.f(m.e(x) + m.p(torch.arange(x.shape[1]))),
+        e=nn.Embedding(11, 6),
+        p=nn.Embedding(4, 6),
+        f=nn.Linear(6, 3),
+    ),
+    tokens(4),
+    "EmbeddingRule",
+)
 
 # ---- sites
 
-case("dropout", seq(nn.Linear(5, 6), nn.Dropout(0.2), nn.Linear(6, 3), nn.Dropout(0.0)), noise(4, 5), "DropoutRule", hparams=SITES)
-case("dropout in place", seq(nn.Linear(5, 6), nn.ReLU(inplace=True), nn.Dropout(0.2, inplace=True), nn.Linear(6, 3)), noise(4, 5), "DropoutRule", hparams=SITES)
-case("functional dropout", lambda: Fn(lambda m, x: m.g(F.dropout(m.f(x), m.p, m.training)), p=0.3, f=nn.Linear(5, 6), g=nn.Linear(6, 3)), noise(4, 5), "DropoutRule", hparams="dropout,weight_decay")
-case("channel dropout 1d", seq(nn.Conv1d(3, 8, 2), nn.Dropout1d(0.3), nn.Conv1d(8, 3, 2)), noise(3, 6), "DropoutRule", hparams=SITES)
-case("channel dropout 2d", seq(nn.Conv2d(3, 8, 2), nn.Dropout2d(0.3), nn.Conv2d(8, 3, 2)), noise(3, 5, 6), "DropoutRule", hparams=SITES)
-case("channel dropout 2d in place", seq(nn.Conv2d(3, 8, 2), nn.Dropout2d(0.3, inplace=True), nn.Conv2d(8, 3, 2)), noise(3, 5, 6), "DropoutRule", hparams=SITES)
-case("channel dropout 3d", seq(nn.Conv3d(3, 8, 2), nn.Dropout3d(0.3), nn.Conv3d(8, 3, 1)), noise(3, 3, 3, 3), "DropoutRule", hparams=SITES)
-case("alpha dropout", seq(nn.Linear(5, 9), nn.SELU(), nn.AlphaDropout(0.2), nn.Linear(9, 3)), noise(5), "DropoutRule", hparams=SITES)
-case("alpha dropout in place", seq(nn.Linear(5, 9), nn.SELU(), nn.AlphaDropout(0.2, inplace=True), nn.Linear(9, 3)), noise(5), "DropoutRule", hparams=SITES)
-case("feature alpha dropout", seq(nn.Conv2d(3, 9, 2), nn.FeatureAlphaDropout(0.2), nn.Conv2d(9, 3, 2)), noise(3, 5, 5), "DropoutRule", hparams=SITES)
-case("inserted dropout", seq(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 9), nn.GELU(), nn.Linear(9, 3)), noise(5), "DropoutRule", hparams=SITES)
-case("stochastic depth, rows", lambda: Fn(lambda m, x: x + m.d(m.f(x)), d=StochasticDepth(0.3, "row"), f=nn.Linear(5, 5)), noise(4, 5), "DropPathRule", hparams=PATHS)
-case("drop path, timm", lambda: Fn(lambda m, x: x + m.d(m.f(x)), d=timm.layers.DropPath(0.3), f=nn.Linear(5, 5)), noise(4, 5), "DropPathRule", hparams=PATHS)
-case("drop path without rescaling", lambda: Fn(lambda m, x: x + m.d(m.f(x)), d=timm.layers.DropPath(0.3, scale_by_keep=False), f=nn.Linear(5, 5)), noise(4, 5), "DropPathRule", hparams=PATHS)
-case("inserted drop path", lambda: Fn(lambda m, x: m.h(x + m.g(m.f(x).tanh())), f=nn.Linear(5, 5), g=nn.Linear(5, 5), h=nn.Linear(5, 2)), noise(4, 5), "DropPathRule", hparams=PATHS)
+case(
+    "dropout",
+    seq(nn.Linear(5, 6), nn.Dropout(0.2), nn.Linear(6, 3), nn.Dropout(0.0)),
+    noise(4, 5),
+    "DropoutRule",
+    hparams=SITES,
+)
+case(
+    "dropout in place",
+    seq(nn.Linear(5, 6), nn.ReLU(inplace=True), nn.Dropout(0.2, inplace=True), nn.Linear(6, 3)),
+    noise(4, 5),
+    "DropoutRule",
+    hparams=SITES,
+)
+case(
+    "functional dropout",
+    lambda: Fn(lambda m, x: m.g(F.dropout(m.f(x), m.p, m.training)), p=0.3, f=nn.Linear(5, 6), g=nn.Linear(6, 3)),
+    noise(4, 5),
+    "DropoutRule",
+    hparams="dropout,weight_decay",
+)
+case(
+    "channel dropout 1d",
+    seq(nn.Conv1d(3, 8, 2), nn.Dropout1d(0.3), nn.Conv1d(8, 3, 2)),
+    noise(3, 6),
+    "DropoutRule",
+    hparams=SITES,
+)
+case(
+    "channel dropout 2d",
+    seq(nn.Conv2d(3, 8, 2), nn.Dropout2d(0.3), nn.Conv2d(8, 3, 2)),
+    noise(3, 5, 6),
+    "DropoutRule",
+    hparams=SITES,
+)
+case(
+    "channel dropout 2d in place",
+    seq(nn.Conv2d(3, 8, 2), nn.Dropout2d(0.3, inplace=True), nn.Conv2d(8, 3, 2)),
+    noise(3, 5, 6),
+    "DropoutRule",
+    hparams=SITES,
+)
+case(
+    "channel dropout 3d",
+    seq(nn.Conv3d(3, 8, 2), nn.Dropout3d(0.3), nn.Conv3d(8, 3, 1)),
+    noise(3, 3, 3, 3),
+    "DropoutRule",
+    hparams=SITES,
+)
+case(
+    "alpha dropout",
+    seq(nn.Linear(5, 9), nn.SELU(), nn.AlphaDropout(0.2), nn.Linear(9, 3)),
+    noise(5),
+    "DropoutRule",
+    hparams=SITES,
+)
+case(
+    "alpha dropout in place",
+    seq(nn.Linear(5, 9), nn.SELU(), nn.AlphaDropout(0.2, inplace=True), nn.Linear(9, 3)),
+    noise(5),
+    "DropoutRule",
+    hparams=SITES,
+)
+case(
+    "feature alpha dropout",
+    seq(nn.Conv2d(3, 9, 2), nn.FeatureAlphaDropout(0.2), nn.Conv2d(9, 3, 2)),
+    noise(3, 5, 5),
+    "DropoutRule",
+    hparams=SITES,
+)
+case(
+    "inserted dropout",
+    seq(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 9), nn.GELU(), nn.Linear(9, 3)),
+    noise(5),
+    "DropoutRule",
+    hparams=SITES,
+)
+case(
+    "stochastic depth, rows",
+    lambda: Fn(lambda m, x: x + m.d(m.f(x)), d=StochasticDepth(0.3, "row"), f=nn.Linear(5, 5)),
+    noise(4, 5),
+    "DropPathRule",
+    hparams=PATHS,
+)
+case(
+    "drop path, timm",
+    lambda: Fn(lambda m, x: x + m.d(m.f(x)), d=timm.layers.DropPath(0.3), f=nn.Linear(5, 5)),
+    noise(4, 5),
+    "DropPathRule",
+    hparams=PATHS,
+)
+case(
+    "drop path without rescaling",
+    lambda: Fn(lambda m, x: x + m.d(m.f(x)), d=timm.layers.DropPath(0.3, scale_by_keep=False), f=nn.Linear(5, 5)),
+    noise(4, 5),
+    "DropPathRule",
+    hparams=PATHS,
+)
+case(
+    "inserted drop path",
+    lambda: Fn(lambda m, x: m.h(x + m.g(m.f(x).tanh())), f=nn.Linear(5, 5), g=nn.Linear(5, 5), h=nn.Linear(5, 2)),
+    noise(4, 5),
+    "DropPathRule",
+    hparams=PATHS,
+)
 case("cutout", seq(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 3)), noise(3, 6, 6), "CutoutRule", hparams="cutout")
-case("input dropout", seq(nn.Linear(9, 4), nn.Tanh(), nn.Linear(4, 3)), noise(9), "InputDropoutRule", hparams="input_dropout,weight_decay")
+case(
+    "input dropout",
+    seq(nn.Linear(9, 4), nn.Tanh(), nn.Linear(4, 3)),
+    noise(9),
+    "InputDropoutRule",
+    hparams="input_dropout,weight_decay",
+)
 
 # ---- attention
 
@@ -218,16 +479,71 @@ def mha(forward: Callable[..., Any], **options: Any) -> Callable[[], nn.Module]:
     return lambda: Fn(forward, a=nn.MultiheadAttention(8, 2, **options), f=nn.Linear(8, 8))
 
 
-case("MHA, batch first", mha(lambda m, x: m.a(m.f(x), x, x, need_weights=False)[0], batch_first=True), noise(5, 8), ATTENTION)
-case("MHA, sequence first", mha(lambda m, x: m.a(m.f(x), x, x, need_weights=False)[0]), sequence_first(6, 8), ATTENTION, batch_axis=1, name_axis=True)
+case(
+    "MHA, batch first",
+    mha(lambda m, x: m.a(m.f(x), x, x, need_weights=False)[0], batch_first=True),
+    noise(5, 8),
+    ATTENTION,
+)
+case(
+    "MHA, sequence first",
+    mha(lambda m, x: m.a(m.f(x), x, x, need_weights=False)[0]),
+    sequence_first(6, 8),
+    ATTENTION,
+    batch_axis=1,
+    name_axis=True,
+)
 case("MHA with weights", mha(lambda m, x: m.a(m.f(x), x, x)[0], batch_first=True), noise(5, 8), "SoftmaxRule")
-case("MHA, weights returned, per head", mha(lambda m, x: m.a(m.f(x), x, x, average_attn_weights=False), batch_first=True), noise(5, 8))
-case("MHA with dropout", mha(lambda m, x: m.a(m.f(x), x, x, need_weights=False)[0], batch_first=True, dropout=0.2), noise(5, 8), ATTENTION, hparams=SITES)
-case("MHA with dropout and weights", mha(lambda m, x: m.a(m.f(x), x, x)[0], batch_first=True, dropout=0.2), noise(5, 8), hparams=SITES)
-case("MHA, causal mask", mha(lambda m, x: m.a(m.f(x), x, x, need_weights=False, attn_mask=torch.ones(5, 5, dtype=torch.bool).triu(1), is_causal=True)[0], batch_first=True), noise(5, 8), ATTENTION)
-case("MHA, key padding mask", mha(lambda m, x, mask: m.a(m.f(x), x, x, key_padding_mask=mask, need_weights=False)[0], batch_first=True), lambda b: (*noise(5, 8)(b), torch.arange(5).expand(b, 5) > torch.arange(b).reshape(-1, 1) % 4), ATTENTION)
-case("MHA, other key and value sizes", lambda: Fn(lambda m, x: m.a(x, x[..., :6], x[..., :4], need_weights=False)[0], a=nn.MultiheadAttention(8, 2, kdim=6, vdim=4, batch_first=True)), noise(5, 8), ATTENTION)
-case("MHA, bias_kv and zero attention", mha(lambda m, x: m.a(m.f(x), x, x, need_weights=False)[0], batch_first=True, add_bias_kv=True, add_zero_attn=True), noise(5, 8), ATTENTION)
+case(
+    "MHA, weights returned, per head",
+    mha(lambda m, x: m.a(m.f(x), x, x, average_attn_weights=False), batch_first=True),
+    noise(5, 8),
+)
+case(
+    "MHA with dropout",
+    mha(lambda m, x: m.a(m.f(x), x, x, need_weights=False)[0], batch_first=True, dropout=0.2),
+    noise(5, 8),
+    ATTENTION,
+    hparams=SITES,
+)
+case(
+    "MHA with dropout and weights",
+    mha(lambda m, x: m.a(m.f(x), x, x)[0], batch_first=True, dropout=0.2),
+    noise(5, 8),
+    hparams=SITES,
+)
+case(
+    "MHA, causal mask",
+    mha(
+        lambda m, x: m.a(
+            m.f(x), x, x, need_weights=False, attn_mask=torch.ones(5, 5, dtype=torch.bool).triu(1), is_causal=True
+        )[0],
+        batch_first=True,
+    ),
+    noise(5, 8),
+    ATTENTION,
+)
+case(
+    "MHA, key padding mask",
+    mha(lambda m, x, mask: m.a(m.f(x), x, x, key_padding_mask=mask, need_weights=False)[0], batch_first=True),
+    lambda b: (*noise(5, 8)(b), torch.arange(5).expand(b, 5) > torch.arange(b).reshape(-1, 1) % 4),
+    ATTENTION,
+)
+case(
+    "MHA, other key and value sizes",
+    lambda: Fn(
+        lambda m, x: m.a(x, x[..., :6], x[..., :4], need_weights=False)[0],
+        a=nn.MultiheadAttention(8, 2, kdim=6, vdim=4, batch_first=True),
+    ),
+    noise(5, 8),
+    ATTENTION,
+)
+case(
+    "MHA, bias_kv and zero attention",
+    mha(lambda m, x: m.a(m.f(x), x, x, need_weights=False)[0], batch_first=True, add_bias_kv=True, add_zero_attn=True),
+    noise(5, 8),
+    ATTENTION,
+)
 
 
 def qkv_attention(**options: Any) -> Callable[[], nn.Module]:
@@ -252,7 +568,13 @@ def grouped_queries(m: nn.Module, x: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2)
 
 
-case("SDPA, grouped queries", lambda: Fn(grouped_queries, q=nn.Linear(8, 12), k=nn.Linear(8, 6), v=nn.Linear(8, 6)), noise(5, 8), ATTENTION, zero_gradients=("k.bias.G",))
+case(
+    "SDPA, grouped queries",
+    lambda: Fn(grouped_queries, q=nn.Linear(8, 12), k=nn.Linear(8, 6), v=nn.Linear(8, 6)),
+    noise(5, 8),
+    ATTENTION,
+    zero_gradients=("k.bias.G",),
+)
 
 
 def biased_scores(m: nn.Module, x: Tensor) -> Tensor:
@@ -261,7 +583,13 @@ def biased_scores(m: nn.Module, x: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, q, q, attn_mask=bias).transpose(1, 2).flatten(2)
 
 
-case("relative position bias table", lambda: Fn(biased_scores, table=torch.rand(9, 2), f=nn.Linear(5, 8)), noise(3, 5), ATTENTION, structures=("exact",))
+case(
+    "relative position bias table",
+    lambda: Fn(biased_scores, table=torch.rand(9, 2), f=nn.Linear(5, 8)),
+    noise(3, 5),
+    ATTENTION,
+    structures=("exact",),
+)
 
 
 def position_network(m: nn.Module, x: Tensor) -> Tensor:
@@ -272,16 +600,52 @@ def position_network(m: nn.Module, x: Tensor) -> Tensor:
 
 
 def make_position_network() -> nn.Module:
-    module = Fn(position_network, f=nn.Linear(5, 8), scale=torch.zeros(2, 1, 1), mlp=nn.Sequential(nn.Linear(2, 6), nn.ReLU(), nn.Linear(6, 2, bias=False)))
+    module = Fn(
+        position_network,
+        f=nn.Linear(5, 8),
+        scale=torch.zeros(2, 1, 1),
+        mlp=nn.Sequential(nn.Linear(2, 6), nn.ReLU(), nn.Linear(6, 2, bias=False)),
+    )
     module.register_buffer("coordinates", torch.rand(3, 3, 2, generator=torch.Generator().manual_seed(0)))
     return module
 
 
 case("parameter-only network, as in swin_v2", make_position_network, noise(3, 5), structures=("exact",))
-case("qkv bias by cat", lambda: Fn(lambda m, x: F.linear(x, m.w, torch.cat([m.q, torch.zeros_like(m.q), m.v])), w=torch.rand(9, 5), q=torch.rand(3), v=torch.rand(3)), noise(2, 5), structures=("exact",))
-case("transformer encoder layer", lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.1, batch_first=True), noise(5, 8), ATTENTION, "LayerNormRule", hparams=SITES)
-case("transformer encoder layer, sequence first", lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.1, norm_first=True, activation="gelu"), sequence_first(6, 8), ATTENTION, hparams=SITES, batch_axis=1, name_axis=True)
-case("transformer decoder layer", lambda: Fn(lambda m, x, y: m.d(x, y), d=nn.TransformerDecoderLayer(8, 2, 16, 0.1, batch_first=True)), lambda b: (*noise(4, 8)(b), *noise(5, 8)(b + 50)[0:0], noise(5, 8)(b)[0]), ATTENTION, hparams=SITES)
+case(
+    "qkv bias by cat",
+    lambda: Fn(
+        lambda m, x: F.linear(x, m.w, torch.cat([m.q, torch.zeros_like(m.q), m.v])),
+        w=torch.rand(9, 5),
+        q=torch.rand(3),
+        v=torch.rand(3),
+    ),
+    noise(2, 5),
+    structures=("exact",),
+)
+case(
+    "transformer encoder layer",
+    lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.1, batch_first=True),
+    noise(5, 8),
+    ATTENTION,
+    "LayerNormRule",
+    hparams=SITES,
+)
+case(
+    "transformer encoder layer, sequence first",
+    lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.1, norm_first=True, activation="gelu"),
+    sequence_first(6, 8),
+    ATTENTION,
+    hparams=SITES,
+    batch_axis=1,
+    name_axis=True,
+)
+case(
+    "transformer decoder layer",
+    lambda: Fn(lambda m, x, y: m.d(x, y), d=nn.TransformerDecoderLayer(8, 2, 16, 0.1, batch_first=True)),
+    lambda b: (*noise(4, 8)(b), *noise(5, 8)(b + 50)[0:0], noise(5, 8)(b)[0]),
+    ATTENTION,
+    hparams=SITES,
+)
 
 # ---- element-wise operators, activations and shapes
 
@@ -290,40 +654,227 @@ for activation in (
     nn.LeakyReLU, nn.Softplus, nn.LogSigmoid, nn.Softsign, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.GLU,
 ):  # fmt: skip
     rules = () if activation in (nn.Softsign, nn.Tanhshrink, nn.GLU) else ("PointwiseRule",)
-    case(activation.__name__, seq(nn.Linear(5, 8), activation(), nn.Linear(4 if activation is nn.GLU else 8, 3)), noise(5), *rules)
+    case(
+        activation.__name__,
+        seq(nn.Linear(5, 8), activation(), nn.Linear(4 if activation is nn.GLU else 8, 3)),
+        noise(5),
+        *rules,
+    )
 case("approximate GELU", seq(nn.Linear(5, 8), nn.GELU("tanh"), nn.Linear(8, 3)), noise(5), "PointwiseRule")
 case("PReLU", seq(nn.Conv2d(3, 4, 2), nn.PReLU(4), nn.Conv2d(4, 2, 1)), noise(3, 5, 5))
 case("PReLU, one slope", seq(nn.Linear(5, 8), nn.PReLU(), nn.Linear(8, 3)), noise(5))
 case("softmax", seq(nn.Linear(5, 8), nn.Softmax(-1), nn.Linear(8, 3), nn.Softmax(1)), noise(5), "SoftmaxRule")
 case("log softmax", seq(nn.Linear(5, 8), nn.LogSoftmax(-1), nn.Linear(8, 3)), noise(5))
-case("sums, differences and quotients", lambda: Fn(lambda m, x: (1 - m.f(x)) / (2 + m.g(x).square()) - m.b.sub(x, alpha=2) + 3 * x, f=nn.Linear(5, 5), g=nn.Linear(5, 5), b=torch.rand(5)), noise(5), "SumRule", "ProductRule")
-case("division by a parameter", lambda: Fn(lambda m, x: m.f(x) / m.t + m.t / x.exp(), f=nn.Linear(5, 5), t=torch.rand(5)), noise(5), "ProductRule")
-case("temperature, a parameter without axes", lambda: Fn(lambda m, x: m.f(x) * m.t.exp(), f=nn.Linear(5, 5), t=torch.tensor(0.5)), noise(5), "ProductRule", structures=("exact",))
-case("powers and clamps", lambda: Fn(lambda m, x: m.f(x).pow(3).clamp(-2, 2) + m.f(x).abs().pow(m.p), f=nn.Linear(5, 5), p=torch.rand(5)), noise(5))
-case("F.normalize with a zero row", lambda: Fn(lambda m, x: m.g(F.normalize(m.f(x), dim=-1)), f=nn.Linear(5, 4, bias=False), g=nn.Linear(4, 3)), lambda b: (noise(3, 5)(b)[0] * torch.tensor([1.0, 0.0, 1.0]).double().reshape(3, 1),))
-case("class token", lambda: Fn(lambda m, x: m.f(torch.cat([m.token.expand(x.shape[0], -1, -1), x], 1) + m.position), token=torch.rand(1, 1, 5), position=torch.rand(1, 4, 5), f=nn.Linear(5, 3)), noise(3, 5), "JoinRule", structures=("exact",))
-case("layer scale", lambda: Fn(lambda m, x: x + m.g.reshape(1, -1, 1, 1) * m.f(x), f=nn.Conv2d(3, 3, 3, padding=1), g=torch.full((3,), 1e-6)), noise(3, 5, 5), structures=("exact",))
-case("stack and unbind", lambda: Fn(lambda m, x: torch.stack([a.sin() for a in m.f(x).unbind(1)], 2), f=nn.Linear(5, 4)), noise(3, 5), "JoinRule", "LinearInInputRule")
-case("cat, chunk and split", lambda: Fn(lambda m, x: torch.cat([a * b for a, b in zip(m.f(x).chunk(2, -1), m.g(x).split([2, 2], -1), strict=True)] + [x], -1), f=nn.Linear(5, 4), g=nn.Linear(5, 4)), noise(5), "JoinRule")
-case("where", lambda: Fn(lambda m, x: torch.where(x > 0, m.f(x), m.b), f=nn.Linear(5, 5), b=torch.rand(5)), noise(5), "WhereRule")
-case("where of activations", lambda: Fn(lambda m, x: torch.where(x > 0, m.f(x), 0.5 * x) + torch.where(x > 1, m.f(x), 0.0), f=nn.Linear(5, 5)), noise(5), "WhereRule")
-case("masked fill", lambda: Fn(lambda m, x: m.f(x).masked_fill(x > 0, 2.0).softmax(-1), f=nn.Linear(5, 5)), noise(5), "ShiftedRule", "SoftmaxRule")
-case("constant and reflecting pad", lambda: Fn(lambda m, x: F.pad(F.pad(m.f(x), (1, 2, 0, 1), value=3.0).sin(), (1, 1, 1, 1), mode="reflect"), f=nn.Conv2d(2, 3, 2)), noise(2, 5, 5), "ShiftedRule")
-case("detach", lambda: Fn(lambda m, x: m.g(m.f(x).detach() * m.h(x)) + m.f(x), f=nn.Linear(5, 4), g=nn.Linear(4, 4), h=nn.Linear(5, 4)), noise(5), "DetachRule", tangents=False)
-case("max and min", lambda: Fn(lambda m, x: m.f(x).amax(1) + m.f(x).max(1).values + torch.maximum(m.f(x)[:, 0], x[:, 0, :4]), f=nn.Linear(5, 4)), noise(3, 5))
-case("variance and norm", lambda: Fn(lambda m, x: (m.f(x) - m.f(x).mean(1, True)) / m.f(x).std(1, keepdim=True) + m.f(x).norm(dim=-1, keepdim=True), f=nn.Linear(5, 4)), noise(3, 5))
-case("sort and topk", lambda: Fn(lambda m, x: m.f(x).sort(-1).values + m.f(x).topk(2, -1).values.sum(-1, keepdim=True), f=nn.Linear(5, 4)), noise(3, 5))
-case("products of activations", lambda: Fn(lambda m, x: torch.bmm(m.f(x), m.g(x).transpose(1, 2)) @ m.f(x), f=nn.Linear(5, 4), g=nn.Linear(5, 4)), noise(3, 5))
-case("cumulative sums and rolls", lambda: Fn(lambda m, x: m.f(x).cumsum(1).roll(1, 1).flip(2), f=nn.Linear(5, 4)), noise(3, 5), "LinearInInputRule")
-case("max pools", seq(nn.Conv2d(2, 4, 3), nn.MaxPool2d(2, ceil_mode=True), nn.AdaptiveMaxPool2d(2), nn.Conv2d(4, 2, 1)), noise(2, 9, 8), "MaxPoolRule")
-case("max pool, strides and padding", seq(nn.Conv2d(2, 4, 3), nn.MaxPool2d(3, 2, 1, dilation=1), nn.Conv2d(4, 2, 1)), noise(2, 9, 8), "MaxPoolRule")
-case("max pools in 1 and 3 dimensions", lambda: Fn(lambda m, x: m.g(F.max_pool1d(m.f(x), 2)) + F.max_pool3d(m.f(x)[:, None, :, :, None], (1, 2, 1))[:, 0, :3, :, 0].repeat(1, 1, 1)[:, :, 1:], f=nn.Conv1d(2, 4, 2), g=nn.Conv1d(4, 3, 2)), noise(2, 9))
-case("max pool with indices and unpool", lambda: Fn(lambda m, x: F.max_unpool2d(*F.max_pool2d(m.f(x), 2, return_indices=True), 2), f=nn.Conv2d(2, 3, 3, padding=1)), noise(2, 6, 6))
-case("average pools", seq(nn.Conv2d(2, 4, 3), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d((2, 1)), nn.Flatten(), nn.Linear(8, 2)), noise(2, 9, 8), "LinearInInputRule")
+case(
+    "sums, differences and quotients",
+    lambda: Fn(
+        lambda m, x: (1 - m.f(x)) / (2 + m.g(x).square()) - m.b.sub(x, alpha=2) + 3 * x,
+        f=nn.Linear(5, 5),
+        g=nn.Linear(5, 5),
+        b=torch.rand(5),
+    ),
+    noise(5),
+    "SumRule",
+    "ProductRule",
+)
+case(
+    "division by a parameter",
+    lambda: Fn(lambda m, x: m.f(x) / m.t + m.t / x.exp(), f=nn.Linear(5, 5), t=torch.rand(5)),
+    noise(5),
+    "ProductRule",
+)
+case(
+    "temperature, a parameter without axes",
+    lambda: Fn(lambda m, x: m.f(x) * m.t.exp(), f=nn.Linear(5, 5), t=torch.tensor(0.5)),
+    noise(5),
+    "ProductRule",
+    structures=("exact",),
+)
+case(
+    "powers and clamps",
+    lambda: Fn(lambda m, x: m.f(x).pow(3).clamp(-2, 2) + m.f(x).abs().pow(m.p), f=nn.Linear(5, 5), p=torch.rand(5)),
+    noise(5),
+)
+case(
+    "F.normalize with a zero row",
+    lambda: Fn(lambda m, x: m.g(F.normalize(m.f(x), dim=-1)), f=nn.Linear(5, 4, bias=False), g=nn.Linear(4, 3)),
+    lambda b: (noise(3, 5)(b)[0] * torch.tensor([1.0, 0.0, 1.0]).double().reshape(3, 1),),
+)
+case(
+    "class token",
+    lambda: Fn(
+        lambda m, x: m.f(torch.cat([m.token.expand(x.shape[0], -1, -1), x], 1) + m.position),
+        token=torch.rand(1, 1, 5),
+        position=torch.rand(1, 4, 5),
+        f=nn.Linear(5, 3),
+    ),
+    noise(3, 5),
+    "JoinRule",
+    structures=("exact",),
+)
+case(
+    "layer scale",
+    lambda: Fn(
+        lambda m, x: x + m.g.reshape(1, -1, 1, 1) * m.f(x), f=nn.Conv2d(3, 3, 3, padding=1), g=torch.full((3,), 1e-6)
+    ),
+    noise(3, 5, 5),
+    structures=("exact",),
+)
+case(
+    "stack and unbind",
+    lambda: Fn(lambda m, x: torch.stack([a.sin() for a in m.f(x).unbind(1)], 2), f=nn.Linear(5, 4)),
+    noise(3, 5),
+    "JoinRule",
+    "LinearInInputRule",
+)
+case(
+    "cat, chunk and split",
+    lambda: Fn(
+        lambda m, x: torch.cat(
+            [a * b for a, b in zip(m.f(x).chunk(2, -1), m.g(x).split([2, 2], -1), strict=True)] + [x], -1
+        ),
+        f=nn.Linear(5, 4),
+        g=nn.Linear(5, 4),
+    ),
+    noise(5),
+    "JoinRule",
+)
+case(
+    "where",
+    lambda: Fn(lambda m, x: torch.where(x > 0, m.f(x), m.b), f=nn.Linear(5, 5), b=torch.rand(5)),
+    noise(5),
+    "WhereRule",
+)
+case(
+    "where of activations",
+    lambda: Fn(lambda m, x: torch.where(x > 0, m.f(x), 0.5 * x) + torch.where(x > 1, m.f(x), 0.0), f=nn.Linear(5, 5)),
+    noise(5),
+    "WhereRule",
+)
+case(
+    "masked fill",
+    lambda: Fn(lambda m, x: m.f(x).masked_fill(x > 0, 2.0).softmax(-1), f=nn.Linear(5, 5)),
+    noise(5),
+    "ShiftedRule",
+    "SoftmaxRule",
+)
+case(
+    "constant and reflecting pad",
+    lambda: Fn(
+        lambda m, x: F.pad(F.pad(m.f(x), (1, 2, 0, 1), value=3.0).sin(), (1, 1, 1, 1), mode="reflect"),
+        f=nn.Conv2d(2, 3, 2),
+    ),
+    noise(2, 5, 5),
+    "ShiftedRule",
+)
+case(
+    "detach",
+    lambda: Fn(
+        lambda m, x: m.g(m.f(x).detach() * m.h(x)) + m.f(x), f=nn.Linear(5, 4), g=nn.Linear(4, 4), h=nn.Linear(5, 4)
+    ),
+    noise(5),
+    "DetachRule",
+    tangents=False,
+)
+case(
+    "max and min",
+    lambda: Fn(
+        lambda m, x: m.f(x).amax(1) + m.f(x).max(1).values + torch.maximum(m.f(x)[:, 0], x[:, 0, :4]), f=nn.Linear(5, 4)
+    ),
+    noise(3, 5),
+)
+case(
+    "variance and norm",
+    lambda: Fn(
+        lambda m, x: (m.f(x) - m.f(x).mean(1, True)) / m.f(x).std(1, keepdim=True) + m.f(x).norm(dim=-1, keepdim=True),
+        f=nn.Linear(5, 4),
+    ),
+    noise(3, 5),
+)
+case(
+    "sort and topk",
+    lambda: Fn(
+        lambda m, x: m.f(x).sort(-1).values + m.f(x).topk(2, -1).values.sum(-1, keepdim=True), f=nn.Linear(5, 4)
+    ),
+    noise(3, 5),
+)
+case(
+    "products of activations",
+    lambda: Fn(lambda m, x: torch.bmm(m.f(x), m.g(x).transpose(1, 2)) @ m.f(x), f=nn.Linear(5, 4), g=nn.Linear(5, 4)),
+    noise(3, 5),
+)
+case(
+    "cumulative sums and rolls",
+    lambda: Fn(lambda m, x: m.f(x).cumsum(1).roll(1, 1).flip(2), f=nn.Linear(5, 4)),
+    noise(3, 5),
+    "LinearInInputRule",
+)
+case(
+    "max pools",
+    seq(nn.Conv2d(2, 4, 3), nn.MaxPool2d(2, ceil_mode=True), nn.AdaptiveMaxPool2d(2), nn.Conv2d(4, 2, 1)),
+    noise(2, 9, 8),
+    "MaxPoolRule",
+)
+case(
+    "max pool, strides and padding",
+    seq(nn.Conv2d(2, 4, 3), nn.MaxPool2d(3, 2, 1, dilation=1), nn.Conv2d(4, 2, 1)),
+    noise(2, 9, 8),
+    "MaxPoolRule",
+)
+case(
+    "max pools in 1 and 3 dimensions",
+    lambda: Fn(
+        lambda m, x: (
+            m.g(F.max_pool1d(m.f(x), 2))
+            + F.max_pool3d(m.f(x)[:, None, :, :, None], (1, 2, 1))[:, 0, :3, :, 0].repeat(1, 1, 1)[:, :, 1:]
+        ),
+        f=nn.Conv1d(2, 4, 2),
+        g=nn.Conv1d(4, 3, 2),
+    ),
+    noise(2, 9),
+)
+case(
+    "max pool with indices and unpool",
+    lambda: Fn(
+        lambda m, x: F.max_unpool2d(*F.max_pool2d(m.f(x), 2, return_indices=True), 2), f=nn.Conv2d(2, 3, 3, padding=1)
+    ),
+    noise(2, 6, 6),
+)
+case(
+    "average pools",
+    seq(nn.Conv2d(2, 4, 3), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d((2, 1)), nn.Flatten(), nn.Linear(8, 2)),
+    noise(2, 9, 8),
+    "LinearInInputRule",
+)
 for mode in ("nearest", "bilinear", "bicubic"):
-    case(f"interpolate, {mode}", lambda mode=mode: Fn(lambda m, x: m.g(F.interpolate(m.f(x), scale_factor=2, mode=mode)), f=nn.Conv2d(2, 4, 3), g=nn.Conv2d(4, 2, 1)), noise(2, 5, 5), "LinearInInputRule")
-case("pixel shuffle and unfold", seq(nn.Conv2d(2, 8, 3), nn.PixelShuffle(2), nn.Unfold(2), nn.Tanh()), noise(2, 5, 5), "LinearInInputRule")
-case("grid sample", lambda: Fn(lambda m, x: F.grid_sample(x, F.affine_grid(m.f(x.mean((2, 3))).reshape(-1, 2, 3), list(x.shape), align_corners=False), align_corners=False), f=nn.Linear(2, 6)), noise(2, 5, 5))
+    case(
+        f"interpolate, {mode}",
+        lambda mode=mode: Fn(
+            lambda m, x: m.g(F.interpolate(m.f(x), scale_factor=2, mode=mode)),
+            f=nn.Conv2d(2, 4, 3),
+            g=nn.Conv2d(4, 2, 1),
+        ),
+        noise(2, 5, 5),
+        "LinearInInputRule",
+    )
+case(
+    "pixel shuffle and unfold",
+    seq(nn.Conv2d(2, 8, 3), nn.PixelShuffle(2), nn.Unfold(2), nn.Tanh()),
+    noise(2, 5, 5),
+    "LinearInInputRule",
+)
+case(
+    "grid sample",
+    lambda: Fn(
+        lambda m, x: F.grid_sample(
+            x,
+            F.affine_grid(m.f(x.mean((2, 3))).reshape(-1, 2, 3), list(x.shape), align_corners=False),
+            align_corners=False,
+        ),
+        f=nn.Linear(2, 6),
+    ),
+    noise(2, 5, 5),
+)
 
 # ---- recurrent cells, in-place operators, no_grad, nested inputs and outputs
 
@@ -350,7 +901,7 @@ def in_place(m: nn.Module, x: Tensor) -> Tensor:
     return m.g(y)
 
 
-case("in-place operators on views", lambda: Fn(in_place, f=nn.Linear(5, 4), g=nn.Linear(4, 3)), noise(5))
+case("in-place operators on views", lambda: Fn(in_place, f=nn.Linear(5, 4), g=nn.Linear(4, 3)), noise(5), "CopyRule")
 
 
 def partly_without_grad(m: nn.Module, x: Tensor) -> Tensor:
@@ -370,11 +921,46 @@ class Pair:
     features: list[Tensor]
 
 
-case("several inputs", lambda: Fn(lambda m, x, y: m.f(x) * m.g(y), f=nn.Linear(5, 4), g=nn.Linear(3, 4)), lambda b: (noise(5)(b)[0], noise(3)(b)[0]))
-case("keyword inputs, an output of dicts and tuples", lambda: Fn(lambda m, *, image, scale: {"a": m.f(image), "b": (m.g(image) * scale[:, None], [image])}, f=nn.Linear(5, 4), g=nn.Linear(5, 2)), lambda b: {"image": noise(5)(b)[0], "scale": noise()(b)[0]})
-case("nested inputs", lambda: Fn(lambda m, batch: m.f(batch["x"]) + batch["rest"][0], f=nn.Linear(5, 4)), lambda b: ({"x": noise(5)(b)[0], "rest": (noise(4)(b)[0],)},))
-case("a dataclass as output", lambda: Fn(lambda m, x: Pair(m.f(x), [m.g(x), x]), f=nn.Linear(5, 4), g=nn.Linear(5, 2)), noise(5))
-case("a dataclass as input", lambda: Fn(lambda m, pair: m.f(pair.logits) + pair.features[0], f=nn.Linear(5, 4)), lambda b: (Pair(noise(5)(b)[0], [noise(4)(b)[0]]),))
-case("an integer output beside the logits", lambda: Fn(lambda m, x: (m.f(x), m.f(x).argmax(-1)), f=nn.Linear(5, 4)), noise(5))
+case(
+    "several inputs",
+    lambda: Fn(lambda m, x, y: m.f(x) * m.g(y), f=nn.Linear(5, 4), g=nn.Linear(3, 4)),
+    lambda b: (noise(5)(b)[0], noise(3)(b)[0]),
+)
+case(
+    "keyword inputs, an output of dicts and tuples",
+    lambda: Fn(
+        lambda m, *, image, scale: {"a": m.f(image), "b": (m.g(image) * scale[:, None], [image])},
+        f=nn.Linear(5, 4),
+        g=nn.Linear(5, 2),
+    ),
+    lambda b: {"image": noise(5)(b)[0], "scale": noise()(b)[0]},
+)
+case(
+    "nested inputs",
+    lambda: Fn(lambda m, batch: m.f(batch["x"]) + batch["rest"][0], f=nn.Linear(5, 4)),
+    lambda b: ({"x": noise(5)(b)[0], "rest": (noise(4)(b)[0],)},),
+)
+case(
+    "a dataclass as output",
+    lambda: Fn(lambda m, x: Pair(m.f(x), [m.g(x), x]), f=nn.Linear(5, 4), g=nn.Linear(5, 2)),
+    noise(5),
+)
+case(
+    "a dataclass as input",
+    lambda: Fn(lambda m, pair: m.f(pair.logits) + pair.features[0], f=nn.Linear(5, 4)),
+    lambda b: (Pair(noise(5)(b)[0], [noise(4)(b)[0]]),),
+)
+case(
+    "an integer output beside the logits",
+    lambda: Fn(lambda m, x: (m.f(x), m.f(x).argmax(-1)), f=nn.Linear(5, 4)),
+    noise(5),
+)
 case("a part that gives back its input", lambda: Fn(lambda m, x: (m.f(x), x), f=nn.Linear(5, 4)), noise(5))
-case("T == B, sequence first, named", lambda: nn.Sequential(nn.Linear(5, 4), nn.Dropout(0.2), nn.Tanh(), nn.Linear(4, 3)), lambda b: (sequence_first(3, 5)(b)[0],), hparams=SITES, batch_axis=1, name_axis=True)
+case(
+    "T == B, sequence first, named",
+    lambda: nn.Sequential(nn.Linear(5, 4), nn.Dropout(0.2), nn.Tanh(), nn.Linear(4, 3)),
+    lambda b: (sequence_first(3, 5)(b)[0],),
+    hparams=SITES,
+    batch_axis=1,
+    name_axis=True,
+)

@@ -3,10 +3,9 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from bilevel_fake import FakeSelfTuningModule, classification_batches, regression_batches
+from bilevel_fake import FakeSelfTuningModule, classification_batches
 from torch import nn
 from torch.optim import SGD, AdamW, RMSprop
-from torch.optim.lr_scheduler import LambdaLR
 
 from stn_fx.bilevel import DeltaSTN, FixedHyperparameters, Objective
 from stn_fx.errors import DivergedError, InputError, StnError
@@ -215,56 +214,3 @@ def test_the_entropy_term_widens_the_scales():
     before = stn.hparams.scales().detach()
     DeltaSTN(stn, entropy_weight=1.0).outer_step(BATCH)
     assert (stn.hparams.scales() > before).all()
-
-
-def ridge_weights(batches, decay):
-    """argmin over w of mean_i (x_i w - y_i)^2 + 0.5 * decay * |w|^2, as a column (I, 1)."""
-    x, y = (torch.cat(each) for each in zip(*batches, strict=True))
-    return torch.linalg.solve(
-        2 * x.t() @ x / len(x) + decay * torch.eye(x.shape[1], dtype=x.dtype), 2 * x.t() @ y / len(x)
-    )
-
-
-def test_the_response_converges_to_the_best_response_of_ridge_regression():
-    scale, batches = 0.1, regression_batches(0, 4096, batch_size=4096)
-    stn = FakeSelfTuningModule(
-        nn.Linear(8, 1, bias=False, dtype=torch.float64), f"weight_decay(initial=0.3, scale={scale})"
-    )
-    # The curvature of the objective in G is that of the ridge problem times the variance of the perturbation.
-    response_optimizer = SGD(stn.response_parameters(), lr=0.2 / scale**2)
-    schedule = LambdaLR(response_optimizer, lambda step: 1 / (1 + step / 20))
-    steps = DeltaSTN(stn, F.mse_loss, base_optimizer=partial(SGD, lr=0.1), response_optimizer=response_optimizer)
-    for _ in range(800):
-        steps.inner_step(batches[0])
-        schedule.step()
-    decay = torch.tensor(stn.hparams.values()["weight_decay"], dtype=torch.float64)
-    torch.testing.assert_close(stn.model.weight.detach().t(), ridge_weights(batches, decay), rtol=1e-6, atol=1e-8)
-    per_decay = torch.autograd.functional.jacobian(lambda value: ridge_weights(batches, value), decay)
-    expected = (per_decay * decay * (1 - decay)).flatten()  # d constrained / d raw of a sigmoid onto (0, 1)
-    actual = stn.G.detach().flatten()
-    assert F.cosine_similarity(actual, expected, dim=0) > 0.99
-    assert (actual - expected).norm() / expected.norm() < 0.1
-
-
-@pytest.mark.parametrize("initial", [0.05, 8.0])
-def test_a_tuned_weight_decay_reaches_the_optimum_of_the_validation_loss(initial):
-    # Each example many times in the batch, with an own perturbation each: fewer steps for the same precision.
-    train = [(x.repeat(20, 1), y.repeat(20, 1)) for x, y in regression_batches(0, 24, noise=2.0)]
-    valid = regression_batches(1, 400, noise=2.0, batch_size=400)
-    (x, y) = valid[0]
-
-    def valid_loss(decay):
-        return F.mse_loss(x @ ridge_weights(train, decay), y).item()
-
-    grid = torch.logspace(-3, 0.99, 400).tolist()
-    optimum, start = min(valid_loss(decay) for decay in grid), valid_loss(initial)
-    stn = FakeSelfTuningModule(
-        nn.Linear(8, 1, bias=False, dtype=torch.float64), f"weight_decay(initial={initial}, high=10)"
-    )
-    steps = DeltaSTN(stn, F.mse_loss, base_optimizer=partial(SGD, lr=0.05), response_optimizer=partial(SGD, lr=0.2))
-    for step in range(2500):
-        steps.inner_step(train[0])
-        if step > 200 and step % 5 == 0:
-            steps.outer_step(valid[0])
-    reached = valid_loss(stn.hparams.values()["weight_decay"])
-    assert reached - optimum < 0.1 * (start - optimum)

@@ -56,11 +56,13 @@ def _draw_losses(panel: "Axes", result: FitResult) -> None:
     )
     panel.set_ylabel("loss")
     if min(min(r.train_loss, r.valid_loss) for r in result.history) > 0:
-        panel.set_yscale("log")
+        _logarithmic(panel)
     _legend(panel)
 
 
 def _draw_family(panel: "Axes", result: FitResult, family: list[dict[str, Any]], colours: dict[str, Any]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     epochs = _epochs(result)
     for spec in family:
         values = [point.values[spec["name"]] for point in result.schedule]
@@ -69,7 +71,9 @@ def _draw_family(panel: "Axes", result: FitResult, family: list[dict[str, Any]],
     width = min(spec["high"] - spec["low"] if spec["high"] is not None else float("inf") for spec in family)
     everything = [point.values[spec["name"]] for point in result.schedule for spec in family]
     if lowest < NEAR_LOWER_BOUND * width and min(everything) > 0:
-        panel.set_yscale("log")
+        _logarithmic(panel)
+    elif all(spec["discrete"] for spec in family):
+        panel.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     first = family[0]
     several = first["name"] == f"{first['entry']}.{first['component']}"
     panel.set_ylabel(f"{first['entry']}: {first['component']}" if several else first["entry"].replace("_", " "))
@@ -97,6 +101,16 @@ def _colours(names: list[str]) -> dict[str, Any]:
     if len(names) <= DISTINCT_COLOURS:
         return {name: colormaps["tab10"](position) for position, name in enumerate(names)}
     return {name: colormaps["turbo"](position / (len(names) - 1)) for position, name in enumerate(names)}
+
+
+def _logarithmic(panel: "Axes") -> None:
+    """A logarithmic axis with plain numbers, also where it spans less than a decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g}"))
+    panel.yaxis.set_minor_formatter(FuncFormatter(lambda value, position: ""))
 
 
 def _legend(panel: "Axes") -> None:

@@ -19,8 +19,8 @@ from torch.utils import _pytree as pytree
 
 from stn_fx.compiler.cells import expand_cells
 from stn_fx.compiler.functionalize import functionalize
+from stn_fx.compiler.stand_ins import stand_in
 from stn_fx.errors import CaptureError, InputError
-from stn_fx.rules.drop_path import marked_forward
 
 aten = torch.ops.aten
 
@@ -83,9 +83,10 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], bat
     args, kwargs = pytree.tree_unflatten(flat, spec)
     constants: dict[str, Tensor] = {}
     graphs = {}
-    with _left_as_found(model), _markers(model):
+    with _left_as_found(model):
         _register_dataclasses(model, args, kwargs)
-        for training in (True, False):
+    for training in (True, False):
+        with _left_as_found(model), _markers(model):
             _set_mode(model, training)
             if training:
                 flags = tuple(module.training for module in model.modules())
@@ -228,28 +229,40 @@ def _at_least_two_examples(flat: list[Any], batch_axes: list[int | None], notes:
 
 def _set_mode(model: nn.Module, training: bool) -> None:
     """Evaluation everywhere; for training keep submodules that the user holds in evaluation mode inside it."""
+    if training and model.training:
+        return
+    model.train()  # also before eval(): models that cache tensors for evaluation drop them here
     if not training:
         model.eval()
-    elif not model.training:
-        model.train()
 
 
 @contextlib.contextmanager
 def _left_as_found(model: nn.Module) -> Iterator[None]:
-    """Modes, global generators and the attention fast path as before, whatever happens inside."""
-    modes = {module: module.training for module in model.modules()}
+    """Modes, attributes, global generators and the attention fast path as before, whatever happens inside.
+
+    Attributes too: some models cache tensors in forward, and a cached tensor of the tracer would stay in the model.
+    """
+    attributes = {module: _copied_attributes(module) for module in model.modules()}
     fast_path = torch.backends.mha.get_fastpath_enabled()
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=[d for d in devices if d is not None]):
             torch.backends.mha.set_fastpath_enabled(False)
             yield
-            for module, training in modes.items():
-                module.training = training
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module, training in modes.items():
-            module.training = training
+        for module, (values, contents) in attributes.items():
+            module.__dict__.clear()
+            module.__dict__.update(values)
+            for container, content in contents:
+                container.clear()
+                container.update(content)
+
+
+def _copied_attributes(module: nn.Module) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
+    """The module's attributes, and the contents of its dicts and sets (parameters, buffers, hooks, own caches)."""
+    values = dict(module.__dict__)
+    return values, [(value, value.copy()) for value in values.values() if isinstance(value, (dict, set))]
 
 
 @contextlib.contextmanager
@@ -258,7 +271,7 @@ def _markers(model: nn.Module) -> Iterator[None]:
     patched = []
     try:
         for module in model.modules():
-            forward = marked_forward(module)
+            forward = stand_in(module)
             if forward is not None and "forward" not in vars(module):
                 module.__dict__["forward"] = forward
                 patched.append(module)
@@ -289,7 +302,6 @@ def _register_dataclasses(model: nn.Module, args: tuple[Any, ...], kwargs: dict[
                 if name in buffers and not torch.equal(buffer, buffers[name]):
                     buffer.copy_(buffers[name])
     register_dataclasses(output)
-    register_dataclasses((args, kwargs))
 
 
 def register_dataclasses(value: Any) -> None:

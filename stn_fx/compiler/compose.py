@@ -30,7 +30,7 @@ def passes_structure(node: Node) -> bool:
     )
 
 
-def map_row_axis(node: Node, axis: int, low_rank: bool) -> int | None:
+def map_row_axis(node: Node, axis: Any, low_rank: bool) -> Any:
     """Row axis after the operator, given the one before; None where it does not survive."""
     source = node.args[0].meta.get("val")
     if node.target in _SAME | _SPLITS or node.target is aten.slice.Tensor or node.target is operator.getitem:
@@ -83,7 +83,7 @@ def _pick(emit: Emitter, node: Node, change: StructuredChange, axis: int) -> Str
     return StructuredChange(factor, scales, axis, left)
 
 
-def _cut(node: Node) -> int | None:
+def _cut(node: Node) -> Any:
     """The axis that a slice or split cuts."""
     if node.target is aten.slice.Tensor:
         return node.args[1] if len(node.args) > 1 else 0

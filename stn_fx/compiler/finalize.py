@@ -9,7 +9,7 @@ from torch import nn
 from stn_fx.compiler.plan import Plan, SitePlan
 
 RATE_ATTRIBUTES = {"dropout": ("p",), "drop_path": ("drop_prob", "p")}
-"""Where a module that is a site itself keeps its rate: torch and torchvision ``p``, timm and transformers ``drop_prob``."""
+"""Where a module that is a site itself keeps its rate: torch and torchvision in ``p``, others in ``drop_prob``."""
 
 
 @dataclass(frozen=True)

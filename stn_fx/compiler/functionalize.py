@@ -15,12 +15,13 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from stn_fx.errors import CaptureError
+from stn_fx.rules.structural import copied
 
 aten = torch.ops.aten
 
 _RENAMED = {
     aten.bernoulli_.float: lambda x, p=0.5, **_: (aten.bernoulli.p, (x, p)),
-    aten.copy_.default: lambda x, source, *_: (aten.copy.default, (x, source)),
+    aten.copy_.default: lambda x, source, *_: (copied, (x, source)),
     aten.detach_.default: lambda x: (aten.detach.default, (x,)),
     aten.zero_.default: lambda x: (aten.zeros_like.default, (x,)),
 }
@@ -83,7 +84,8 @@ class _Functionalizer:
         new.meta = dict(node.meta)
         root = self.root(node.args[0])
         version = self.version[root] = self.version.get(root, 0) + 1
-        alias, value = node.args[0], new
+        alias: Any = node.args[0]
+        value = new
         while True:
             self.env[alias], self.built[alias] = value, version
             if alias not in self.base:
@@ -168,4 +170,6 @@ def where(node: Node) -> str:
 def module_path(node: Node) -> str:
     """Qualified name of the innermost module that the node was captured in; "" for the model itself."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return stack[-1][0].split("@")[0] if stack else ""
+    path = stack[-1][0].split("@")[0] if stack else ""
+    # torch.export's stand-in for "no module" is not a path.
+    return "" if path.startswith("_empty_nn_module_stack") else path

@@ -104,7 +104,7 @@ def _poisoned_rows(
         else:
             # Sizes carry no example's values: an expanded class token depends on none.
             sources = {n for n in node.all_input_nodes if isinstance(env[n], (Tensor, tuple, list))}
-            env[node] = _run(node, env)
+            env[node] = run_node(node, env)
             if sources & depends:
                 depends.add(node)
             if sources & carries:
@@ -167,15 +167,20 @@ def _probe_placeholder(
     return tensor.clone()
 
 
-def _run(node: Node, env: dict[Node, Any]) -> Any:
+def run_node(node: Node, env: dict[Node, Any], fixed_statistics: bool = True) -> Any:
+    """Value of a call with nothing dropped; batch norms use fixed statistics, or those of the batch without keeping them."""
     if node.target in _IDENTITIES:
         return env[node.args[0]]
     arguments, options = map_arg(node.args, lambda n: env[n]), map_arg(dict(node.kwargs), lambda n: env[n])
     if node.target is aten.batch_norm.default:
-        x, weight, bias, mean, variance, _, momentum, eps, cudnn = arguments
-        mean = x.new_zeros(x.shape[1]) if mean is None else mean
-        variance = torch.ones_like(mean) if variance is None else variance
-        arguments = (x, weight, bias, mean, variance, False, momentum, eps, cudnn)
+        x, weight, bias, mean, variance, training, momentum, eps, cudnn = arguments
+        if training and not fixed_statistics:
+            mean = variance = None
+        else:
+            mean = x.new_zeros(x.shape[1]) if mean is None else mean
+            variance = torch.ones_like(mean) if variance is None else variance
+            training = False
+        arguments = (x, weight, bias, mean, variance, training, momentum, eps, cudnn)
     if node.target is aten.scaled_dot_product_attention.default:
         arguments = arguments[:4] + (0.0, *arguments[5:]) if len(arguments) > 4 else arguments
         options = {name: value for name, value in options.items() if name != "dropout_p"}

@@ -35,6 +35,9 @@ class CompiledModel:
     linearized_training: GraphModule
     linearized_evaluation: GraphModule
     response: GraphModule
+    registry: Registry
+    predicted_cost: Any = None
+    """Filled in by the report, which is the one to ask for it."""
 
 
 def compile_model(
@@ -85,6 +88,7 @@ def compile_model(
         rewrite(analysed["training"], plan, registry, "linearized"),
         rewrite(analysed["evaluation"], plan, registry, "linearized"),
         rewrite(analysed["evaluation"], plan, registry, "response"),
+        registry,
     )
 
 
@@ -121,7 +125,7 @@ def _infer_missing_values(graph: CapturedGraph) -> None:
             continue
         arguments = torch.fx.node.map_arg(node.args, lambda n: n.meta["val"])
         options = torch.fx.node.map_arg(dict(node.kwargs), lambda n: n.meta["val"])
-        node.meta["val"] = node.target(*arguments, **options)  # type: ignore[operator]
+        node.meta["val"] = node.target(*arguments, **options)
 
 
 def _capture_with_batch_axis(

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from stn_fx.compiler.capture import CapturedGraph
-from stn_fx.compiler.layouts import BatchLayout
 from stn_fx.compiler.plan import ParameterPlan, Plan, SitePlan
 from stn_fx.compiler.sites import FoundSite
 from stn_fx.compiler.uses import GraphUses, ParameterFlow, WeightUse, effective_name, row_axes
 from stn_fx.errors import BatchLayoutError, UnknownHyperparameterError
 from stn_fx.hparams import ResolvedHyperparameter, Selection, SiteContext, resolve
 from stn_fx.rules import Registry
+from stn_fx.rules.layout import BatchLayout
 from stn_fx.rules.structure import LowRank
 
 EXACT_LIMIT = 2**16

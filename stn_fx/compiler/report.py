@@ -1,35 +1,27 @@
 """The report: what was conditioned, by which rule, which hyperparameter acts where, what it costs, what was left out.
 
-``Report.of`` collects it from the plan; ``to_dict`` keeps every row, and the printed tables put rows together whose
-names differ in numbers only, so that a model of a hundred layers fits on a screen.
+``Report.of`` collects it from the plan, and ``to_dict`` keeps every row; how it is printed is in ``report_tables``.
 """
 
 import io
 import math
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group, RenderableType
-from rich.table import Table
+from rich.console import Console, RenderableType
 from torch import nn
 from torch.fx import Node
 
 from stn_fx.compiler.cost import UpdateCost, predict_cost
 from stn_fx.compiler.pipeline import CompiledModel
 from stn_fx.compiler.plan import ParameterPlan, SitePlan
+from stn_fx.rules import Rule
 
 if TYPE_CHECKING:
     from stn_fx.transform import SelfTuningModule
 
-PLAIN_LAYOUT = "axis 0"
-GROUP_FROM = 3
-"""Rows that differ in the numbers of their names only are printed as one from this many on."""
-
 PRINTED_WIDTH = 118
-
-Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -121,7 +113,7 @@ class Report:
         return cls(
             model=type(stn.model).__name__,
             hyperparameters=_hyperparameter_rows(compiled, stn),
-            sites=tuple(_site_row(site, compiled) for site in compiled.plan.sites),
+            sites=_site_rows(compiled, stn),
             parameters=_parameter_rows(compiled),
             totals=_totals(compiled, stn),
             cost=cost,
@@ -163,35 +155,19 @@ class Report:
         return console.file.getvalue()  # type: ignore[attr-defined]
 
     def __rich__(self) -> RenderableType:
-        parts: list[RenderableType] = [_hyperparameter_table(self.hyperparameters), "", _site_table(self.sites), ""]
-        parts += [_parameter_table([row for row in self.parameters if row.conditioned]), ""]
-        left_out = [row for row in self.parameters if not row.conditioned]
-        parts += [_left_out_table(left_out), ""] if left_out else ["Every parameter is conditioned.", ""]
-        return Group(*parts, *self._summary())
+        from stn_fx.compiler.report_tables import tables
 
-    def _summary(self) -> list[str]:
-        totals = self.totals
-        lines = [
-            f"Conditioned: {totals.conditioned:,} of {totals.trainable:,} trainable scalars "
-            f"({100 * self.conditioned_share:.1f} %)",
-            f"Response: {totals.response_scalars:,} parameters, {_size(totals.response_bytes)} "
-            f"(the model has {totals.scalars:,}, {_size(totals.model_bytes)}); as much again for their gradients",
-        ]
-        if self.cost is None:
-            lines.append(f"Cost of a training update: not predicted ({self.cost_unknown_because})")
-        else:
-            lines.append(
-                f"Cost of a training update: about {self.cost.ratio:.2f} times an ordinary one at batch size "
-                f"{self.cost.batch_size} ({self.cost.matmul_ratio:.2f} times where matrix products take all the time)"
-            )
-        return lines + [f"Note: {note}" for note in self.notes]
+        return tables(self)
 
 
 def _cost(compiled: CompiledModel, stn: "SelfTuningModule") -> tuple[UpdateCost | None, str]:
-    try:
-        return predict_cost(compiled, stn), ""
-    except Exception as error:  # an operator that cannot run on fake tensors must not cost the user the report
-        return None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    if compiled.predicted_cost is None:  # counting takes a second or two: once for each compiled model
+        try:
+            compiled.predicted_cost = (predict_cost(compiled, stn), "")
+        except Exception as error:  # an operator that cannot run on fake tensors must not cost the user the report
+            first_line = str(error).splitlines()[0] if str(error) else "no message"
+            compiled.predicted_cost = (None, f"{type(error).__name__}: {first_line}")
+    return compiled.predicted_cost
 
 
 def _hyperparameter_rows(compiled: CompiledModel, stn: "SelfTuningModule") -> tuple[HyperparameterRow, ...]:
@@ -210,11 +186,24 @@ def _hyperparameter_rows(compiled: CompiledModel, stn: "SelfTuningModule") -> tu
     )  # fmt: skip
 
 
-def _site_row(site: SitePlan, compiled: CompiledModel) -> SiteRow:
+def _site_rows(compiled: CompiledModel, stn: "SelfTuningModule") -> tuple[SiteRow, ...]:
+    registry = compiled.registry
+    nodes = {node.name: node for node in compiled.captured.training.graph.nodes}
+    rules = {site.node: registry.find(nodes[site.node]) for site in compiled.plan.sites}
+    return tuple(_site_row(site, rules[site.node]) for site in compiled.plan.sites)
+
+
+def _site_row(site: SitePlan, rule: Rule | None) -> SiteRow:
     return SiteRow(
-        site.name, site.entry, site.entry.replace("_", " "), tuple(name for _, name in site.hyperparameters),
-        site.own_rate, site.inserted, "undecided" if site.layout is None else str(site.layout), site.reason,
-    )  # fmt: skip
+        name=site.name,
+        kind=site.entry,
+        rule=rule.name if rule is not None else "",
+        hyperparameters=tuple(name for _, name in site.hyperparameters),
+        own_rate=site.own_rate,
+        inserted=site.inserted,
+        batch_layout="undecided" if site.layout is None else str(site.layout),
+        reason=site.reason,
+    )
 
 
 def _parameter_rows(compiled: CompiledModel) -> tuple[ParameterRow, ...]:
@@ -285,134 +274,3 @@ def _bytes(parameters: Iterable[nn.Parameter]) -> int:
 
 def _jsonable(row: Any) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(row).items()}
-
-
-# ---- printing
-
-
-def _table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
-    for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
-    return table
-
-
-def _hyperparameter_table(rows: tuple[HyperparameterRow, ...]) -> Table:
-    numbers = ("from", "to", "initial", "now", "scale")
-    table = _table("Hyperparameters", "name", *numbers, "acts at", right=numbers)
-    for names, group in _grouped(rows, lambda r: r.name, lambda r: (r.low, r.high, r.discrete, bool(r.acts_at))):
-        first = group[0]
-        places = sorted({place for row in group for place in row.acts_at})
-        table.add_row(
-            names,
-            f"{first.low:g}",
-            "-" if first.high is None else f"{first.high:g}" + ", whole" * first.discrete,
-            _range(row.initial for row in group),
-            _range(row.value for row in group),
-            _range(row.scale for row in group),
-            f"{len(places)} sites" if len(places) > 1 else places[0] if places else "the training loss",
-        )
-    return table
-
-
-def _site_table(rows: tuple[SiteRow, ...]) -> Table:
-    table = _table("Sites", "site", "kind", "hyperparameter", "own rate", "batch", "remark", right=("own rate",))
-
-    def alike(row: SiteRow) -> Any:
-        return row.kind, row.inserted, row.batch_layout, row.reason, len(row.hyperparameters)
-
-    for names, group in _grouped(rows, lambda r: r.name, alike):
-        first = group[0]
-        acting = list(dict.fromkeys(name for row in group for name in row.hyperparameters))
-        shown = ", ".join(_patterns(acting)) or "-"
-        table.add_row(
-            names,
-            first.rule,
-            shown,
-            "-" if first.inserted else _range(row.own_rate for row in group),
-            first.batch_layout,
-            ", ".join(filter(None, ["inserted" * first.inserted, first.reason])),
-        )
-    if not rows:
-        table.add_row("none", "", "", "", "", "")
-    return table
-
-
-def _parameter_table(rows: list[ParameterRow]) -> Table:
-    table = _table(
-        "Conditioned parameters", "parameter", "scalars", "response", "adds", "by rule", "remark",
-        right=("scalars", "adds"),
-    )  # fmt: skip
-
-    def alike(row: ParameterRow) -> Any:
-        return row.structure, row.rule, row.row_axis, row.rank, _remark(row)
-
-    for names, group in _grouped(rows, lambda r: r.name, alike):
-        first = group[0]
-        table.add_row(
-            names,
-            f"{sum(row.scalars for row in group):,}",
-            first.structure + (f" {first.rank}" if first.rank else ""),
-            f"{sum(row.response_scalars for row in group):,}",
-            first.rule,
-            _remark(first),
-        )
-    return table
-
-
-def _left_out_table(rows: list[ParameterRow]) -> Table:
-    table = _table("Not conditioned", "parameter", "scalars", "why", right=("scalars",))
-    for names, group in _grouped(rows, lambda r: r.name, lambda r: r.reason):
-        table.add_row(names, f"{sum(row.scalars for row in group):,}", group[0].reason)
-    return table
-
-
-def _remark(row: ParameterRow) -> str:
-    remarks = [row.reason]
-    if row.effective_weight:
-        remarks.append("effective weight")
-    if row.row_axis:
-        remarks.append(f"rows on axis {row.row_axis}")
-    if row.uses > 1:
-        remarks.append(f"used {row.uses} times")
-    if row.batch_layout not in ("", PLAIN_LAYOUT):
-        remarks.append(f"batch: {row.batch_layout}")
-    return "; ".join(filter(None, remarks))
-
-
-def _grouped(
-    rows: Iterable[Row], name: Callable[[Row], str], alike: Callable[[Row], Any]
-) -> list[tuple[str, list[Row]]]:
-    """Rows that are alike and whose names differ in numbers only, under a common pattern; few stay single."""
-    groups: dict[Any, list[Row]] = {}
-    for row in rows:
-        groups.setdefault((_pattern(name(row)), alike(row)), []).append(row)
-    shown: list[tuple[str, list[Row]]] = []
-    for (pattern, _), group in groups.items():
-        if len(group) >= GROUP_FROM:
-            shown.append((f"{pattern} ({len(group)})", group))
-        else:
-            shown += [(name(row), [row]) for row in group]
-    return shown
-
-
-def _pattern(name: str) -> str:
-    return re.sub(r"\d+", "*", name)
-
-
-def _patterns(names: list[str]) -> list[str]:
-    return [shown for shown, _ in _grouped(names, lambda name: name, lambda _: None)]
-
-
-def _range(values: Iterable[float]) -> str:
-    found = sorted(values)
-    low, high = f"{found[0]:.4g}", f"{found[-1]:.4g}"
-    return low if low == high else f"{low} to {high}"
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"

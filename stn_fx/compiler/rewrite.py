@@ -346,7 +346,9 @@ class GraphEmitter:
     def _output(self, node: Node) -> None:
         if self.kind == "base":
             for name, update in self.captured.buffer_updates.items():
-                self.call(aten.copy_.default, self._fetch("state", name), self.value(update))
+                # Detached: changes made under no_grad are copied without their region's border.
+                new = self.call(aten.detach.default, self.value(update))
+                self.call(aten.copy_.default, self._fetch("state", name), new)
         self.origin = None
         results = node.args[0]
         values = [self.value(result) for result in results]
@@ -385,5 +387,5 @@ def _identifier(name: str) -> str:
 def _readable_name(node: Node, target: Any) -> str:
     """A node is named after the module that it comes from, then after what it does where that says more."""
     path = _identifier(module_path(node)) if module_path(node) else ""
-    what = getattr(target, "_opname", None) or getattr(target, "__name__", "value")
+    what: str = getattr(target, "_opname", None) or str(getattr(target, "__name__", "value"))
     return f"{path}_{what}" if path else what

@@ -27,8 +27,8 @@ def _leaf(value: Any, batch_axis: int | None) -> Any:
 
 
 def module_signature(model: nn.Module) -> Signature:
-    """Device and dtype of every parameter, and what is frozen."""
-    return tuple((p.device, p.dtype, p.requires_grad) for p in model.parameters())
+    """Device and dtype of every parameter; not what is frozen, which differs under ``functional_call``."""
+    return tuple((p.device, p.dtype) for p in model.parameters())
 
 
 def training_flags(model: nn.Module) -> Signature:

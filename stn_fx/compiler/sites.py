@@ -59,7 +59,8 @@ def find_sites(captured: CapturedGraph, model: nn.Module, registry: Registry) ->
     """Every site of the training graph, in order, with unique names (one name for each module)."""
     modules = dict(model.named_modules())
     _mark_attention_dropouts(captured, modules)
-    found, counts = [], {}
+    found: list[FoundSite] = []
+    counts: dict[str, int] = {}
     for node in captured.graph.nodes:
         rule: Any = registry.find(node)
         entry = getattr(rule, "site", None)
@@ -167,7 +168,7 @@ def _recipe(captured: CapturedGraph, entry: str) -> list[Insertion]:
     branches = _residual_branches(captured)
     if entry == "drop_path":
         return _named(entry, branches)
-    places = branches
+    places: list[Any] = list(branches)
     if not branches:
         nodes = [n for n in captured.graph.nodes if _operator_name(n) in _ACTIVATIONS and _is_activation(n, captured)]
         places = [(module_path(node) or node.name, node, None) for node in nodes]
@@ -189,7 +190,7 @@ def _named(entry: str, places: list[Any]) -> list[Insertion]:
     return insertions
 
 
-def _residual_branches(captured: CapturedGraph) -> list[tuple[str, Node, tuple[Node, ...]]]:
+def _residual_branches(captured: CapturedGraph) -> list[Any]:
     """(module, branch output, the addition) of every residual block: a sum one of whose operands came the longer way."""
     order = {node: i for i, node in enumerate(captured.graph.nodes)}
     depth: dict[Node, int] = {}

@@ -6,6 +6,7 @@ Everything else is a *general* use.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,7 +116,7 @@ def _classify(
         _general(uses, flow, argument, consumer, reason)
         return
     use = WeightUse(consumer, position, argument)
-    node = argument
+    node: Any = argument
     while node.op != "placeholder":
         if not passes_structure(node):
             uses.effective.setdefault(argument, []).append(WeightUse(consumer, position, argument))

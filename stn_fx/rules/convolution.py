@@ -60,7 +60,7 @@ class _Convolution(Rule):
     def _plain(self, emit: Emitter, node: Node, x: Node, weight: Node) -> Node:
         return emit.call(node.target, x, weight, None, **self.geometry(emit, node))
 
-    def _weight_term(self, emit: Emitter, node: Node, x: Node, change: StructuredChange, total: Any) -> Node:
+    def _weight_term(self, emit: Emitter, node: Node, x: Node, change: StructuredChange, total: Any) -> Any:
         if change.left is None:
             rows = self._plain(emit, node, x, change.factor)
             return add_scaled(emit, total, rows, change.scales, emit.layout(node), 1)
@@ -70,7 +70,7 @@ class _Convolution(Rule):
         )  # fmt: skip
         return add_terms(emit, total, term)
 
-    def respond(self, emit: Emitter, node: Node) -> Node:
+    def respond(self, emit: Emitter, node: Node) -> Any:
         bias = emit.argument(node, "bias")
         total = emit.copy(node, bias=None) if emit.stack(bias) is not None else emit.copy(node)
         change = emit.structured(node.args[1])
@@ -111,7 +111,7 @@ class TransposedConvolutionRule(_Convolution):
     outputs_axis = 1
     geometry_names = ("stride", "padding", "output_padding", "groups", "dilation")
 
-    def _weight_term(self, emit: Emitter, node: Node, x: Node, change: StructuredChange, total: Any) -> Node:
+    def _weight_term(self, emit: Emitter, node: Node, x: Node, change: StructuredChange, total: Any) -> Any:
         groups = emit.argument(node, "groups", 1)
         scales = emit.call(repeat_columns, change.scales, groups) if groups > 1 else change.scales
         if change.left is None:

@@ -39,7 +39,7 @@ class EmbeddingRule(Rule):
         rows = emit.call(aten.embedding.default, change.factor, indices, padding)
         return emit.call(scale_rows, rows, change.scales, layout, -1)
 
-    def respond(self, emit: Emitter, node: Node) -> Node:
+    def respond(self, emit: Emitter, node: Node) -> Any:
         return add_terms(emit, emit.copy(node), self._weight_term(emit, node))
 
     def linearize(self, emit: Emitter, node: Node) -> tuple[Any, Any]:

@@ -63,7 +63,7 @@ class _MatrixRule(Rule):
         scaled = emit.call(scale_rows, x, change.scales, input_layout, -1)
         return add_terms(emit, total, self._product(emit, scaled, change.factor))
 
-    def respond(self, emit: Emitter, node: Node) -> Node:
+    def respond(self, emit: Emitter, node: Node) -> Any:
         x, weight, bias = node.args[self.input_at], node.args[self.weight_at], self._bias(node)
         if emit.stack(bias) is None:
             product = emit.copy(node)
@@ -112,4 +112,4 @@ class AddmmRule(_MatrixRule):
     outputs_axis = 1
 
     def covers(self, node: Node) -> bool:
-        return node.kwargs.get("alpha", 1) == 1 and node.kwargs.get("beta", 1) == 1
+        return bool(node.kwargs.get("alpha", 1) == 1 and node.kwargs.get("beta", 1) == 1)

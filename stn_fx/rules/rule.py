@@ -112,11 +112,11 @@ class Rule:
         """Axes of the tensor at ``position`` along which its response may be scaled, preferred first; () = none."""
         return ()
 
-    def base(self, emit: Emitter, node: Node) -> Node:
+    def base(self, emit: Emitter, node: Node) -> Any:
         """Code of the base pass."""
         return emit.copy(node)
 
-    def respond(self, emit: Emitter, node: Node) -> Node:
+    def respond(self, emit: Emitter, node: Node) -> Any:
         """Code of the response pass; parameters that differ per example come as stacks."""
         return emit.copy(node)
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from stn_fx.rules.elementwise import like_primal
@@ -104,12 +105,17 @@ class WhereRule(Rule):
         return primal, emit.call(torch.where, condition, 0.0 if left is None else left, 0.0 if right is None else right)
 
 
+def copied(x: Tensor, source: Tensor) -> Tensor:
+    """What ``x.copy_(source)`` leaves in ``x``; torch's own functional form has no derivative."""
+    return source.to(x).expand_as(x)
+
+
 @REGISTRY.register
 class CopyRule(Rule):
-    """``copy(x, source)``, what ``x[...] = source`` leaves behind: the source in the shape and dtype of ``x``."""
+    """``x[...] = source``, made functional: linear in the source."""
 
     name = "structural"
-    targets = (aten.copy.default,)
+    targets = (copied,)
 
     def linearize(self, emit: Emitter, node: Node) -> tuple[Any, Any]:
         primal = emit.copy(node)

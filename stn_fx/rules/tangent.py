@@ -35,7 +35,7 @@ class _LinearizedOperator(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        _, pullback = torch.func.vjp(_as_tuple(ctx.function), *ctx.saved_tensors)
+        _, pullback = torch.func.vjp(_as_tuple(ctx.function), *ctx.saved_tensors)[:2]
         return (None, *(None,) * ctx.count, *pullback(cotangents))
 
 
@@ -52,7 +52,7 @@ def linearize(function: TensorFunction, primals: tuple[Tensor, ...], tangents: t
             arguments[index] = value
         return function(*arguments)
 
-    _load_forward_mode()
+    load_forward_mode()
     # Forward mode refuses values that overlap in memory, such as expanded ones.
     inputs = [primals[i].detach().contiguous() for i in active]
     directions = [tangents[i].contiguous() for i in active]  # type: ignore[union-attr]
@@ -61,7 +61,7 @@ def linearize(function: TensorFunction, primals: tuple[Tensor, ...], tangents: t
 
 
 @cache
-def _load_forward_mode() -> None:
+def load_forward_mode() -> None:
     """Torch loads its forward-mode rules at the first use, and then warns about its own code."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -71,7 +71,7 @@ def _load_forward_mode() -> None:
 
 def pointwise(function: TensorFunction, primal: Tensor, tangent: Tensor) -> Tensor:
     """Tangent of an element-wise function of one tensor: its derivative is evaluated once and multiplied."""
-    _, pullback = torch.func.vjp(function, primal.detach())
+    _, pullback = torch.func.vjp(function, primal.detach())[:2]
     with torch.no_grad():
         (derivative,) = pullback(torch.ones_like(primal))
     return tangent * derivative

@@ -1,0 +1,38 @@
+"""Forwards that stand in for those of recognised modules during capture, which torch.export cannot take as they are."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stn_fx.rules.drop_path import marked_forward
+
+
+def stand_in(module: nn.Module) -> Callable[..., Any] | None:
+    """Forward to capture this module by; None for its own."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is None and module.track_running_stats:
+        return _cumulative_average(module)
+    return marked_forward(module)
+
+
+def _cumulative_average(norm: nn.modules.batchnorm._BatchNorm) -> Callable[[Tensor], Tensor]:
+    """A batch norm with ``momentum=None`` reads its counter as a Python number, which no graph can hold."""
+
+    def forward(input: Tensor) -> Tensor:
+        if not norm.training:
+            mean, variance = norm.running_mean, norm.running_var
+            return F.batch_norm(input, mean, variance, norm.weight, norm.bias, False, 0.0, norm.eps)
+        assert norm.running_mean is not None, "track_running_stats"
+        assert norm.running_var is not None, "track_running_stats"
+        assert norm.num_batches_tracked is not None, "track_running_stats"
+        with torch.no_grad():
+            norm.num_batches_tracked.add_(1)
+            share = norm.num_batches_tracked.to(norm.running_mean.dtype).reciprocal()
+            variance, mean = torch.var_mean(input, [0, *range(2, input.ndim)])
+            norm.running_mean.add_((mean - norm.running_mean) * share)
+            norm.running_var.add_((variance - norm.running_var) * share)
+        return F.batch_norm(input, None, None, norm.weight, norm.bias, True, 0.0, norm.eps)
+
+    return forward

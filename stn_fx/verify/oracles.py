@@ -1,0 +1,276 @@
+"""The oracles (DESIGN section 6): each compares one pass of the compiled model with the judge and returns its error.
+
+B examples, H hyperparameters.  Errors are relative norms, the largest over outputs and examples.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from stn_fx.verify.judge import Changes, Judge, floating
+from stn_fx.verify.subject import Inputs, rows_of
+
+if TYPE_CHECKING:
+    from stn_fx.transform import SelfTuningModule
+
+OFF = -50.0
+"""Raw value at which every rate is zero."""
+JUDGED_EXAMPLES = 2
+
+
+@dataclass
+class Trial:
+    """One compiled copy, the batch that it is tried on, and one displacement for each example."""
+
+    stn: "SelfTuningModule"
+    inputs: Inputs
+    delta_BH: Tensor
+    step: float
+    """Of central differences, relative."""
+
+    @property
+    def batch(self) -> int:
+        return self.delta_BH.shape[0]
+
+    @property
+    def raw_BH(self) -> Tensor:
+        return self.stn.hparams.raw.detach() + self.delta_BH
+
+    def call(self, function: Callable[..., Any], **options: Any) -> Any:
+        """``function`` on the trial's inputs."""
+        args, kwargs = self.inputs
+        return function(*args, **kwargs, **options)
+
+    def example(self, i: int) -> Inputs:
+        """The batch that holds example i alone."""
+        return rows_of(self.inputs, self.stn.compiled.captured.batch_axes, [i])
+
+    def outputs_of(self, tree: Any, i: int) -> list[Tensor]:
+        """Example i of nested outputs, by the layouts that were found."""
+        captured = self.stn.compiled.captured.evaluation
+        layouts = self.stn.compiled.analysed["evaluation"].layouts
+        output = next(node for node in captured.graph.nodes if node.op == "output")
+        picked = []
+        for node, value in zip(output.args[0], pytree.tree_leaves(tree), strict=False):
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                continue
+            layout = layouts.get(node)
+            if layout is not None and not layout.folded:
+                value = value.narrow(layout.axis, i, 1)
+            elif layout is not None:
+                rows = [
+                    (o * self.batch + i) * layout.inner + k for o in range(layout.outer) for k in range(layout.inner)
+                ]
+                value = value.index_select(layout.axis, torch.tensor(rows, device=value.device))
+            picked.append(value)
+        return picked
+
+    def changes(self, i: int) -> Changes:
+        """Dense ``DeltaW`` of example i."""
+        return {name: change.detach() for name, change in self.stn.weight_response(self.delta_BH[i]).items()}
+
+
+Found = tuple[float | None, str]
+"""Error and note."""
+
+
+def unchanged(trial: Trial) -> Found:
+    """Without displacement, the response pass is the user's evaluation pass."""
+    trial.stn.eval()
+    judged = Judge(trial.stn, training=False).outputs(trial.inputs, {})
+    with torch.no_grad():
+        ours = floating(trial.call(trial.stn.respond))
+    return relative_error(ours, judged), ""
+
+
+def unchanged_training(trial: Trial) -> Found:
+    """With all rates at zero, the base pass is the user's training pass."""
+    with rates_off(trial.stn), _buffers_kept(trial.stn.model), torch.no_grad():
+        trial.stn.train()
+        ours = floating(trial.call(trial.stn))
+    judged = Judge(trial.stn, training=True).outputs(trial.inputs, {})
+    return relative_error(ours, judged), ""
+
+
+def response_pass(trial: Trial) -> Found:
+    """For each example the user's model at ``w0 + DeltaW(delta_i)``."""
+    trial.stn.eval()
+    with torch.no_grad():
+        output = trial.call(trial.stn.respond, raw=trial.raw_BH)
+    judge = Judge(trial.stn, training=False)
+    errors = [
+        relative_error(trial.outputs_of(output, i), judge.outputs(trial.example(i), trial.changes(i)))
+        for i in range(min(trial.batch, JUDGED_EXAMPLES))
+    ]
+    return worst(errors), ""
+
+
+def linearized_pass(trial: Trial) -> Found:
+    """For each example the derivative of the user's model in weight space along ``DeltaW(delta_i)``."""
+    trial.stn.eval()
+    with torch.no_grad():
+        _, tangent = trial.call(trial.stn.linearize, raw=trial.raw_BH)
+    judge, errors, differences = Judge(trial.stn, training=False), [], False
+    for i in range(min(trial.batch, JUDGED_EXAMPLES)):
+        judged, differences = judge.derivative(trial.example(i), trial.changes(i))
+        errors.append(relative_error(trial.outputs_of(tangent, i), judged))
+    return worst(errors), "judged by central differences" if differences else ""
+
+
+def training_graph(trial: Trial) -> Found:
+    """With one displacement for all rows, the derivative of the user's training pass, on batch statistics."""
+    with rates_off(trial.stn), torch.no_grad():
+        trial.stn.train()
+        raw_BH = trial.stn.hparams.raw.detach() + trial.delta_BH[:1].expand(trial.batch, -1)
+        _, tangent = trial.call(trial.stn.linearize, raw=raw_BH)
+    judged, differences = Judge(trial.stn, training=True).derivative(trial.inputs, trial.changes(0))
+    return relative_error(floating(tangent), judged), "judged by central differences" if differences else ""
+
+
+def sites(trial: Trial, attempts: int = 4) -> Found:
+    """With all rates at zero except in row j, exactly row j changes; the error is the number of wrong rows."""
+    stn = trial.stn
+    columns = {stn.hparams.index(name) for site in stn.compiled.plan.sites for _, name in site.hyperparameters}
+    if not columns:
+        return None, "no hyperparameter acts at a site"
+    stn.train()
+    for module in stn.model.modules():  # in training mode a batch norm moves every row
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
+            module.eval()
+    off = torch.full_like(trial.raw_BH, OFF)
+    wrong: set[tuple[int, int]] = set()
+    with torch.no_grad():
+        still, _ = trial.call(stn.linearize, raw=off)
+        for j in range(min(trial.batch, JUDGED_EXAMPLES)):
+            raw_BH = off.clone()
+            raw_BH[j, list(columns)] = 4.0
+            moved: set[int] = set()
+            for _ in range(attempts):  # a branch may be kept by chance
+                output, _ = trial.call(stn.linearize, raw=raw_BH)
+                for i in range(trial.batch):
+                    if not all(map(torch.equal, trial.outputs_of(output, i), trial.outputs_of(still, i))):
+                        moved.add(i)
+            wrong |= {(i, j) for i in moved ^ {j}}
+    stn.train()
+    note = "; ".join(f"rates in row {j} {'left' if i == j else 'changed'} row {i}" for i, j in sorted(wrong)[:3])
+    return float(len(wrong)), note
+
+
+def response_gradients(trial: Trial) -> Found:
+    """Gradient of a loss of primal + tangent in all response parameters, against a central difference."""
+    stn = trial.stn
+    stn.eval()
+    named = {f"{name}.{part}": p for name, r in stn.responses().items() for part, p in r.named_parameters()}
+
+    def loss() -> Tensor:
+        primal, tangent = trial.call(stn.linearize, raw=trial.raw_BH)
+        return weighted_sum([p + t for p, t in zip(floating(primal), floating(tangent), strict=True)])
+
+    value = loss()
+    gradients: tuple[Tensor | None, ...] = (None,) * len(named)
+    if value.requires_grad:
+        gradients = torch.autograd.grad(value, list(named.values()), allow_unused=True)
+    missing = [name for name, g in zip(named, gradients, strict=True) if g is None]
+    if missing:
+        return math.nan, f"no gradient: {', '.join(missing[:4])}"
+    found = [g for g in gradients if g is not None]
+    broken = [name for name, g in zip(named, found, strict=True) if not g.isfinite().all()]
+    if broken:
+        return math.nan, f"not finite: {', '.join(broken[:4])}"
+    zero = [name for name, g in zip(named, found, strict=True) if not g.any()]
+    generator = torch.Generator().manual_seed(1)
+    # Along the gradient's signs nothing cancels, so that the difference is large against its rounding.
+    signs = [g.sign() * torch.rand(g.shape, generator=generator, dtype=torch.float64).to(g) for g in found]
+    scales = [p.detach().norm() / math.sqrt(p.numel()) for p in named.values()]
+    directions = [s * scale for s, scale in zip(signs, scales, strict=True)]
+    slope = sum(float((g * d).sum()) for g, d in zip(found, directions, strict=True))
+    ends = [_moved(list(named.values()), directions, sign * trial.step, loss) for sign in (1, -1)]
+    difference = (ends[0] - ends[1]) / (2 * trial.step)
+    note = f"zero for this batch: {', '.join(zero[:3])}" + (" and others" if len(zero) > 3 else "") if zero else ""
+    return abs(difference - slope) / max(abs(slope), 1e-12), note
+
+
+def hypergradients(trial: Trial) -> Found:
+    """Gradient of a loss of the response pass in the live raw values, against central differences, one by one."""
+    stn = trial.stn
+    stn.eval()
+    centre = stn.hparams.raw.detach().clone()
+    (gradient,) = torch.autograd.grad(weighted_sum(floating(trial.call(stn.respond))), stn.hparams.raw)
+    differences = torch.zeros_like(gradient)
+    with torch.no_grad():
+        for h in range(len(centre)):
+            ends = []
+            for sign in (1, -1):
+                raw = centre.clone()
+                raw[h] += sign * trial.step
+                ends.append(weighted_sum(floating(trial.call(stn.respond, raw=raw.expand(trial.batch, -1)))))
+            differences[h] = (ends[0] - ends[1]) / (2 * trial.step)
+    zero = [name for name, g in zip(stn.hparams.names, gradient, strict=True) if g == 0]
+    if zero:
+        return math.nan, f"zero: {', '.join(zero[:4])}"
+    return relative_error([gradient], [differences]), ""
+
+
+# ---- details
+
+
+def relative_error(ours: list[Tensor], judged: list[Tensor]) -> float:
+    """Largest relative error over the tensors of two lists; infinite where shapes differ."""
+    if [t.shape for t in ours] != [t.shape for t in judged]:
+        return math.inf
+    return worst([float((a - b).norm() / b.norm().clamp(min=1e-6)) for a, b in zip(ours, judged, strict=True)])
+
+
+def worst(errors: list[float]) -> float:
+    """The largest error; NaN where any is."""
+    return math.nan if any(math.isnan(e) for e in errors) else max(errors, default=0.0)
+
+
+def weighted_sum(outputs: list[Tensor]) -> Tensor:
+    """A loss that weighs every element differently, so that no symmetry hides an error."""
+    total = outputs[0].new_zeros(())
+    for output in outputs:
+        weights = torch.cos(torch.arange(output.numel(), device=output.device)).to(output).reshape(output.shape)
+        total = total + (output * weights).mean() + 0.1 * output.square().mean()
+    return total
+
+
+@contextmanager
+def rates_off(stn: "SelfTuningModule") -> Iterator[None]:
+    """All rates at zero for the duration."""
+    kept = stn.hparams.raw.detach().clone()
+    with torch.no_grad():
+        stn.hparams.raw.fill_(OFF)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            stn.hparams.raw.copy_(kept)
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(kept[name])
+
+
+@torch.no_grad()
+def _moved(parameters: list[nn.Parameter], directions: list[Tensor], step: float, loss: Callable[[], Tensor]) -> float:
+    kept = [p.detach().clone() for p in parameters]
+    for p, d in zip(parameters, directions, strict=True):
+        p.add_(d, alpha=step)
+    value = float(loss())
+    for p, k in zip(parameters, kept, strict=True):
+        p.copy_(k)
+    return value

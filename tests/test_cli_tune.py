@@ -1,0 +1,128 @@
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from stn_fx_cli.main import app
+from stn_fx_cli.options import parse_arguments, parse_device, parse_response
+from typer.testing import CliRunner
+
+import stn_fx
+from stn_fx.errors import InputError
+
+MODEL = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self, num_classes=10, in_chans=1):
+        super().__init__(
+            nn.Conv2d(in_chans, 8, 3, stride=2), nn.ReLU(), nn.Dropout(0.1), nn.Flatten(), nn.Linear(72, num_classes)
+        )
+"""
+QUICK = ["--image-size", "8", "--examples", "300", "--epochs", "2", "--warmup", "1"]
+
+
+@pytest.fixture
+def model(tmp_path):
+    path = tmp_path / "net.py"
+    path.write_text(MODEL)
+    return str(path)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["tune", *map(str, arguments)])
+
+
+def plain(text):
+    """Output without colours, box drawing and line breaks."""
+    return re.sub(r"\s+", " ", re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", "", text))
+
+
+def test_tune_ends_with_a_comparison_and_leaves_a_run_folder(model, tmp_path):
+    out = tmp_path / "run"
+    result = run(model, "--hparams", "dropout,cutout,weight_decay", *QUICK, "--out", out)
+    assert result.exit_code == 0, result.output
+    text = plain(result.output)
+    for expected in ("1,797 images", "tuned epoch 2/2", "inner loss", "validation loss", "dropout.2=", "start values"):
+        assert expected in text
+    names = {path.name for path in out.iterdir()}
+    assert names >= {"values.json", "schedule.json", "schedule.csv", "schedule.png", "history.csv", "model.pt"}
+    values = json.loads((out / "values.json").read_text())
+    assert set(values["values"]) == {"dropout.2", "cutout.holes", "cutout.length", "weight_decay"}
+    assert values["values"] != values["initial_values"]
+    assert set(torch.load(out / "model.pt", weights_only=True)) == {"0.weight", "0.bias", "4.weight", "4.bias"}
+
+
+def test_tune_on_a_data_root_of_ones_own(model, tmp_path):
+    generator = np.random.default_rng(0)
+    np.savez(tmp_path / "mine.npz", x=generator.integers(0, 256, (200, 8, 8), dtype=np.uint8), y=np.arange(200) % 4)
+    result = run(model, "--data", tmp_path / "mine.npz", "--epochs", 2, "--warmup", 0, "--no-compare", "--image-size", 8,
+                 "--response", "lowrank:2", "--batch-size", 32, "--out", tmp_path / "run")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "4 classes" in result.output
+    assert "start values" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{model}", "--data", "nowhere"], "no data at nowhere"),
+        (["{model}:Nett"], "has no 'Nett'"),
+        (["torchvision:resnet81"], "Similar names: resnet18"),
+        (["{model}", "--hparams", "dropot"], "dropot"),
+        (["{model}", "--hparams", "learning_rate"], "cannot be tuned"),
+        (["{model}", "--hparams", "dropout(initial=2)"], "bounds"),
+        (["{model}", "--image-size", "9"], "cannot take images of shape (1, 9, 9)"),
+        (["{model}", "--model-arg", "num_classes=4"], "10 classes"),
+        (["{model}", "--model-arg", "num_classes"], "KEY=VALUE"),
+        (["{model}", "--response", "lowrank"], "lowrank:RANK"),
+        (["{model}", "--device", "abacus"], "abacus"),
+        (["{model}", "--epochs", "2", "--warmup", "2"], "leaves none"),
+    ],
+)
+def test_what_does_not_fit_gives_one_message_and_exit_code_1(model, tmp_path, arguments, message):
+    arguments = [argument.format(model=model) for argument in arguments]
+    size = [] if "--image-size" in arguments else ["--image-size", "8"]
+    result = run(*arguments, *size, "--out", tmp_path / "run")
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.stderr.startswith("Error: ")
+    assert message in plain(result.stderr)
+    assert "Traceback" not in result.output
+
+
+def test_a_bug_keeps_its_traceback(model, monkeypatch):
+    def fail(*arguments):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("stn_fx_cli.tune.load_images", fail)
+    assert isinstance(run(model).exception, ZeroDivisionError)
+
+
+def test_ctrl_c_exits_cleanly_and_leaves_what_was_written(model, tmp_path, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    monkeypatch.setattr("stn_fx_cli.progress.epoch_line", interrupt)
+    result = run(model, *QUICK, "--out", out)
+    assert result.exit_code == 130
+    assert "Interrupted" in result.stderr
+    assert json.loads((out / "values.json").read_text())["interrupted"]
+
+
+def test_help_teaches():
+    text = plain(run("--help").output)
+    for expected in ("torchvision:resnet18", "Hyperparameters", "weight_decay", "run folder", "--device", "--seed"):
+        assert expected in text
+
+
+def test_options():
+    assert parse_response("rowwise") == "rowwise"
+    assert parse_response("lowrank:4") == stn_fx.LowRank(4)
+    assert parse_device("cpu") == torch.device("cpu")
+    assert parse_arguments(["a=3", "b=(1, 2)", "c=text", "d=x=y"]) == {"a": 3, "b": (1, 2), "c": "text", "d": "x=y"}
+    for text in ("lowrank:0", "lowrank:x", "dense"):
+        with pytest.raises(InputError):
+            parse_response(text)

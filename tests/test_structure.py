@@ -1,0 +1,80 @@
+"""Response structures by themselves: linear in delta, zero at the start, norms without dense weights."""
+
+import pytest
+import torch
+
+from stn_fx.rules.structure import Exact, LowRank, LowRankResponse, Response, RowWise, exact_change, row_scales
+
+STRUCTURES = {
+    "row-wise": lambda: RowWise((4, 3, 2), 0, 5),
+    "row-wise, axis 1": lambda: RowWise((4, 3, 2), 1, 5),
+    "low-rank": lambda: LowRankResponse((6, 3, 4), 0, 5, 2),
+    "low-rank, axis 1": lambda: LowRankResponse((6, 5), 1, 5, 2),
+    "exact": lambda: Exact((4, 3), 5),
+    "exact, a number": lambda: Exact((), 5),
+}
+
+
+def made(name: str) -> Response:
+    response = STRUCTURES[name]().double()
+    response.initialise(torch.randn(response.shape), torch.Generator().manual_seed(0))
+    return response
+
+
+def randomised(name: str) -> Response:
+    response = made(name)
+    with torch.no_grad():
+        for p in response.parameters():
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    return response
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_it_starts_at_zero_and_not_at_a_saddle(name: str) -> None:
+    response, delta = made(name), torch.randn(5, dtype=torch.float64)
+    change = response.dense(delta)
+    assert change.shape == response.shape
+    assert not change.any()
+    (change * torch.randn(change.shape)).sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in response.parameters()), "a saddle: nothing would move"
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_it_is_linear_in_the_displacement(name: str) -> None:
+    response = randomised(name)
+    a, b = torch.randn(2, 5, dtype=torch.float64)
+    torch.testing.assert_close(response.dense(2 * a - 3 * b), 2 * response.dense(a) - 3 * response.dense(b))
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_the_norm_agrees_with_dense_weights(name: str) -> None:
+    response, weight = randomised(name), torch.randn(STRUCTURES[name]().shape, dtype=torch.float64)
+    delta_BH = torch.randn(7, 5, dtype=torch.float64)
+    expected = torch.stack([(weight + response.dense(d)).square().sum() - weight.square().sum() for d in delta_BH])
+    torch.testing.assert_close(response.squared_norm_change(weight, delta_BH), expected)
+
+
+def test_row_wise_scales_rows() -> None:
+    response, delta = randomised("row-wise, axis 1"), torch.randn(5, dtype=torch.float64)
+    scales = row_scales(response.V, delta.unsqueeze(0))[0]
+    torch.testing.assert_close(response.dense(delta), response.U * scales.reshape(1, 3, 1))
+
+
+def test_exact_changes_are_stacked() -> None:
+    response, delta_BH = randomised("exact"), torch.randn(7, 5, dtype=torch.float64)
+    stacked = exact_change(response.G, delta_BH)
+    torch.testing.assert_close(stacked, torch.stack([response.dense(d) for d in delta_BH]))
+
+
+def test_the_same_seed_gives_the_same_response_in_every_dtype() -> None:
+    weight = torch.randn(4, 3, 2)
+    single, double = STRUCTURES["row-wise"](), STRUCTURES["row-wise"]().double()
+    for response in (single, double):
+        response.initialise(weight, torch.Generator().manual_seed(3))
+    torch.testing.assert_close(single.U.double(), double.U, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 2.0, True, "8"])
+def test_a_rank_that_is_no_positive_number_is_refused(rank: object) -> None:
+    with pytest.raises(ValueError, match="positive whole number"):
+        LowRank(rank)  # type: ignore[arg-type]
