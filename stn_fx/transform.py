@@ -138,10 +138,11 @@ class SelfTuningModule(nn.Module):
             for name, module in self.responses().items()
         }
         if names != self.hparams.names or shapes != mine:
-            different = sorted({*(set(names) ^ set(self.hparams.names)), *(n for n in shapes | mine if shapes.get(n) != mine.get(n))})
+            different = set(names) ^ set(self.hparams.names)
+            different |= {name for name in shapes | mine if shapes.get(name) != mine.get(name)}
             raise StnError(
                 f"Captured anew for these inputs, the model asks for other hyperparameters or response parameters: "
-                f"{', '.join(different[:8])}. Use one wrapper for each way to call the model."
+                f"{', '.join(sorted(different)[:8])}. Use one wrapper for each way to call the model."
             )
 
     @property
@@ -228,7 +229,7 @@ class SelfTuningModule(nn.Module):
             raw_BH = raw_BH.unsqueeze(0).expand(batch, -1)
         if raw_BH.shape != (batch, len(self.hparams)):
             raise InputError(
-                f"raw has shape {tuple(raw_BH.shape)}, but this batch needs ({batch}, {len(self.hparams)}): one row per "
+                f"raw has shape {tuple(raw_BH.shape)}, not ({batch}, {len(self.hparams)}): one row per "
                 f"example, one column per hyperparameter ({', '.join(self.hparams.names)})."
             )
         # Without the detach the displacement is identically zero, and with it the hypergradient.
@@ -361,5 +362,6 @@ def _split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]
     if isinstance(example_inputs, (tuple, list)):
         return tuple(example_inputs), {}
     raise InputError(
-        f"example_inputs is a {type(example_inputs).__name__}; pass a tuple of positional inputs or a dict of keyword ones."
+        f"example_inputs is a {type(example_inputs).__name__}; pass a tuple of positional inputs, or a dict of keyword "
+        f"inputs."
     )

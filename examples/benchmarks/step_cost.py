@@ -3,10 +3,10 @@
     python examples/benchmarks/step_cost.py                      # all cases, about five minutes on 2 cores
     python examples/benchmarks/step_cost.py --cases simple_cnn --repetitions 30 --out step_cost.csv
 
-Everything is timed in one process, the variants interleaved, and medians are given.  Beside stn_fx stands an own
-implementation of the published way to linearize, the double backward ("Rop by two vjps"): the hyper-conditioned forward
-at zero displacement, differentiated backwards twice.  It has the same layers, dropouts and detached base, so what differs
-is the linearization alone.
+Everything is timed in one process, the variants interleaved, and medians are given.  Beside stn_fx stand two other ways
+to linearize the same hyper-conditioned forward (same layers, dropouts and detached base): an own implementation of the
+published one, the double backward (differentiated backwards twice at zero displacement), and one ``torch.func.jvp`` over
+the whole graph.
 """
 
 import argparse

@@ -217,7 +217,7 @@ def _at_least_two_examples(flat: list[Any], batch_axes: list[int | None], notes:
         raise InputError("No input has a batch axis. Pass at least one tensor that holds a batch of examples.")
     if len(sizes) > 1:
         raise InputError(
-            f"The inputs disagree on the batch size: {sorted(sizes)}. Name the batch axis of every input with batch_axis=."
+            f"The inputs disagree on the batch size: {sorted(sizes)}. Name every input's batch axis with batch_axis=."
         )
     # Distinct tensors, so that each gets its own dynamic dimension, detached from the caller's graph.
     flat = [v.detach().clone() if isinstance(v, Tensor) else v for v in flat]

@@ -24,9 +24,11 @@ _SPLITS = {aten.split.Tensor, aten.chunk.default, aten.split_with_sizes.default}
 
 def passes_structure(node: Node) -> bool:
     """Whether a structured response can pass this operator (for some row axis)."""
-    return (
-        node.target in _SAME | _SPLITS | _RESHAPES
-        or node.target in (aten.slice.Tensor, aten.t.default, aten.transpose.int, operator.getitem)
+    return node.target in _SAME | _SPLITS | _RESHAPES or node.target in (
+        aten.slice.Tensor,
+        aten.t.default,
+        aten.transpose.int,
+        operator.getitem,
     )
 
 

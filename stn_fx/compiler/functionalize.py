@@ -84,7 +84,8 @@ class _Functionalizer:
         new.meta = dict(node.meta)
         root = self.root(node.args[0])
         version = self.version[root] = self.version.get(root, 0) + 1
-        alias: Any = node.args[0]
+        view: Any = node.args[0]
+        alias = view
         value = new
         while True:
             self.env[alias], self.built[alias] = value, version
@@ -92,7 +93,7 @@ class _Functionalizer:
                 break
             value = self.write_back(alias, value)
             alias = self.base[alias]
-        self.env[node], self.base[node] = new, node.args[0]
+        self.env[node], self.base[node] = new, view
         self.built[node] = version
         if root.op == "placeholder" and root.name in self.is_buffer:
             self.changed_buffers[root.name] = self.env[root]

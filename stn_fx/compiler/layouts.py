@@ -168,7 +168,7 @@ def _probe_placeholder(
 
 
 def run_node(node: Node, env: dict[Node, Any], fixed_statistics: bool = True) -> Any:
-    """Value of a call with nothing dropped; batch norms use fixed statistics, or those of the batch without keeping them."""
+    """Value of a call with nothing dropped; batch norms use fixed statistics, or the batch's without keeping them."""
     if node.target in _IDENTITIES:
         return env[node.args[0]]
     arguments, options = map_arg(node.args, lambda n: env[n]), map_arg(dict(node.kwargs), lambda n: env[n])
@@ -182,7 +182,7 @@ def run_node(node: Node, env: dict[Node, Any], fixed_statistics: bool = True) ->
             training = False
         arguments = (x, weight, bias, mean, variance, training, momentum, eps, cudnn)
     if node.target is aten.scaled_dot_product_attention.default:
-        arguments = arguments[:4] + (0.0, *arguments[5:]) if len(arguments) > 4 else arguments
+        arguments = (*arguments[:4], 0.0, *arguments[5:]) if len(arguments) > 4 else arguments
         options = {name: value for name, value in options.items() if name != "dropout_p"}
     with torch.no_grad():
         return node.target(*arguments, **options)

@@ -133,7 +133,7 @@ def _capture_with_batch_axis(
 ) -> tuple[CapturedModel, str]:
     """Capture with the batch axis that the caller names, else with the first of 0 and 1 that the probe confirms."""
     register_dataclasses((args, kwargs))
-    flat, spec = pytree.tree_flatten((args, kwargs))
+    flat = pytree.tree_leaves((args, kwargs))
     if not any(isinstance(value, Tensor) and value.ndim for value in flat):
         raise InputError("The example inputs hold no tensor with a batch axis. Pass a batch as the model takes it.")
     if batch_axis is not None:
@@ -170,7 +170,9 @@ def _named_axes(flat: list[Any], batch_axis: Any) -> list[int | None]:
         return [batch_axis if isinstance(v, Tensor) and v.ndim > batch_axis else None for v in flat]
     given = list(batch_axis.values()) if isinstance(batch_axis, Mapping) else list(batch_axis)
     if len(given) != len(flat):
-        raise InputError(f"batch_axis has {len(given)} entries, but there are {len(flat)} inputs: one for each, or one int.")
+        raise InputError(
+            f"batch_axis has {len(given)} entries, but there are {len(flat)} inputs: one for each, or one int."
+        )
     return given
 
 

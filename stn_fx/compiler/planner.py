@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from stn_fx.compiler.capture import CapturedGraph
-from stn_fx.compiler.plan import ParameterPlan, Plan, SitePlan
+from stn_fx.compiler.plan import ParameterPlan, SitePlan
 from stn_fx.compiler.sites import FoundSite
 from stn_fx.compiler.uses import GraphUses, ParameterFlow, WeightUse, effective_name, row_axes
 from stn_fx.errors import BatchLayoutError, UnknownHyperparameterError
@@ -90,9 +90,7 @@ def _structured(
             return ParameterPlan(name, shape, "row-wise", rules, common[0], uses=len(uses) // calls, reason=reason)
         assert response is not None
         if _low_rank_is_smaller(shape, common[0], uses, response.rank):
-            return ParameterPlan(
-                name, shape, "low-rank", rules, common[0], response.rank, uses=len(uses) // calls
-            )
+            return ParameterPlan(name, shape, "low-rank", rules, common[0], response.rank, uses=len(uses) // calls)
     return None
 
 

@@ -191,7 +191,7 @@ def _named(entry: str, places: list[Any]) -> list[Insertion]:
 
 
 def _residual_branches(captured: CapturedGraph) -> list[Any]:
-    """(module, branch output, the addition) of every residual block: a sum one of whose operands came the longer way."""
+    """(module, branch output, the addition) of each residual block: a sum, one operand of which came the longer way."""
     order = {node: i for i, node in enumerate(captured.graph.nodes)}
     depth: dict[Node, int] = {}
     for node in captured.graph.nodes:
@@ -240,11 +240,7 @@ def _classifier(captured: CapturedGraph) -> Node | None:
 
 def _is_activation(node: Node, captured: CapturedGraph) -> bool:
     value = node.meta.get("val")
-    return (
-        isinstance(value, Tensor)
-        and value.is_floating_point()
-        and bool(symbolic_axes(value, captured.batch_symbol))
-    )
+    return isinstance(value, Tensor) and value.is_floating_point() and bool(symbolic_axes(value, captured.batch_symbol))
 
 
 def _is_inside(node: Node, module: str) -> bool:

@@ -133,7 +133,9 @@ class PointwiseRule(Rule):
         return primal, emit.call(pointwise_tangent, node.target, x, tangent, options, keywords)
 
 
-def pointwise_tangent(operator: Any, x: Tensor, tangent: Tensor, options: list[Any], keywords: dict[str, Any]) -> Tensor:
+def pointwise_tangent(
+    operator: Any, x: Tensor, tangent: Tensor, options: list[Any], keywords: dict[str, Any]
+) -> Tensor:
     """Tangent of ``operator(x, *options, **keywords)``, element by element."""
     return pointwise(lambda value: operator(value, *options, **keywords), x, tangent)
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from stn_fx.augment.cutout import cutout, draw_centres
-from stn_fx.augment.dropout import dropout_multiplier
 from stn_fx.augment.draws import Draws
+from stn_fx.augment.dropout import dropout_multiplier
 from stn_fx.rules.layout import align, pack, unpack
 from stn_fx.rules.rule import REGISTRY, Emitter, Rule
 

@@ -223,7 +223,7 @@ class GroupNormRule(_Norm):
 
 @REGISTRY.register
 class InstanceNormRule(_Norm):
-    """``instance_norm``: a group norm with one channel a group; with running statistics in evaluation, a fixed scale."""
+    """``instance_norm``: a group norm with one channel a group, or a fixed scale by running statistics."""
 
     name = "instance norm"
     kind = "group"

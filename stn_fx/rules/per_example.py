@@ -18,9 +18,7 @@ from stn_fx.rules.tangent import linearize
 Mode = str | tuple[int, int, int]
 
 
-def per_example(
-    operator: Callable[..., Any], arguments: Any, options: Any, modes: Sequence[Mode], out: Any, batch: int | None = None
-) -> Any:
+def per_example(operator: Callable[..., Any], arguments: Any, options: Any, modes: Sequence[Mode], out: Any) -> Any:
     """``operator(*arguments, **options)`` for every example; ``out`` is a layout, or "stack", or a list of them.
 
     ``modes`` has one entry for each tensor in (arguments, options), in flattening order.
@@ -53,7 +51,10 @@ def per_example_tangent(
     tangents: Sequence[Tensor | None],
     out: Any,
 ) -> Any:
-    """Tangent of :func:`per_example`; a "stack" tangent belongs to a parameter whose primal is shared by all examples."""
+    """Tangent of :func:`per_example`.
+
+    A "stack" tangent belongs to a parameter whose primal is shared by all examples.
+    """
     leaves, spec = tree_flatten((arguments, options))
     where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     primals = []

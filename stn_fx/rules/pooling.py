@@ -1,6 +1,7 @@
 """Max pooling: the tangent follows the places of the maxima."""
 
 from typing import Any
+
 import torch
 from torch import Tensor
 from torch.fx import Node

@@ -1,4 +1,4 @@
-"""Operators that are linear in their tensors: views, slices, sums, pools, interpolation; the tangent passes as it is."""
+"""Operators that are linear in their tensors: views, slices, sums, pools, resizing. The tangent passes as is."""
 
 from typing import Any
 
@@ -11,15 +11,17 @@ from stn_fx.rules.rule import REGISTRY, Emitter, Rule
 
 aten = torch.ops.aten
 
-_OF_ONE_TENSOR = """
-    view reshape _unsafe_view permute transpose t flatten unflatten squeeze unsqueeze expand expand_as contiguous clone
-    slice select index_select narrow split split_with_sizes chunk unbind roll flip mean sum cumsum avg_pool1d avg_pool2d
-    avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d upsample_nearest1d
-    upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_linear1d upsample_trilinear3d upsample_bicubic2d
-    pixel_shuffle pixel_unshuffle channel_shuffle im2col col2im unfold neg to _to_copy type_as repeat repeat_interleave
-    tile alias lift_fresh lift_fresh_copy diagonal tril triu movedim swapaxes view_as reshape_as gather rot90
-    _upsample_nearest_exact2d index sum_to_size
-""".split()
+_OF_ONE_TENSOR = [
+    "view", "reshape", "_unsafe_view", "permute", "transpose", "t", "flatten", "unflatten", "squeeze", "unsqueeze",
+    "expand", "expand_as", "contiguous", "clone", "slice", "select", "index_select", "narrow", "split",
+    "split_with_sizes", "chunk", "unbind", "roll", "flip", "mean", "sum", "cumsum", "avg_pool1d", "avg_pool2d",
+    "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "_adaptive_avg_pool2d",
+    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "upsample_linear1d",
+    "upsample_trilinear3d", "upsample_bicubic2d", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "im2col",
+    "col2im", "unfold", "neg", "to", "_to_copy", "type_as", "repeat", "repeat_interleave", "tile", "alias",
+    "lift_fresh", "lift_fresh_copy", "diagonal", "tril", "triu", "movedim", "swapaxes", "view_as", "reshape_as",
+    "gather", "rot90", "_upsample_nearest_exact2d", "index", "sum_to_size",
+]  # fmt: skip
 
 
 def _overloads(names: list[str]) -> tuple[Any, ...]:
