@@ -650,8 +650,9 @@ case(
 # ---- element-wise operators, activations and shapes
 
 for activation in (
-    nn.ReLU6, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.ELU, nn.SELU, nn.CELU,
-    nn.LeakyReLU, nn.Softplus, nn.LogSigmoid, nn.Softsign, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.GLU,
+    nn.ReLU6, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.ELU,
+    nn.SELU, nn.CELU, nn.LeakyReLU, nn.Softplus, nn.LogSigmoid,
+    nn.Softsign, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.GLU,
 ):  # fmt: skip
     rules = () if activation in (nn.Softsign, nn.Tanhshrink, nn.GLU) else ("PointwiseRule",)
     case(

@@ -1,4 +1,4 @@
-"""Capture: two functional graphs of an unmodified module, which is as it was afterwards; clear errors where it fails."""
+"""Capture: two functional graphs of an unmodified module, which is as before; clear errors where it fails."""
 
 from typing import Any
 
@@ -138,7 +138,7 @@ def test_a_forward_that_looks_at_values_is_told_where_and_what_to_do() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.f(x) if x.sum() > 0 else -self.f(x)
 
-    with pytest.raises(CaptureError, match="(?s)Branching.*Remedy"):
+    with pytest.raises(CaptureError, match=r"(?s)Branching.*Remedy"):
         captured(Branching(), torch.randn(3, 4))
 
 

@@ -17,9 +17,10 @@ from stn_fx.rules.normalization import LayerNormRule
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 CHECKED = (
-    "linear", "weight norm, hook", "weight norm, parametrization", "StdConv2d", "batch norm 2d", "embedding tied to a decoder",
-    "MHA with dropout", "LSTM cell", "dropout in place", "drop path, timm", "cutout", "nested inputs", "a dataclass as output",
-    "keyword inputs, an output of dicts and tuples", "F.normalize with a zero row", "transformer encoder layer",
+    "linear", "weight norm, hook", "weight norm, parametrization", "StdConv2d", "batch norm 2d",
+    "embedding tied to a decoder", "MHA with dropout", "LSTM cell", "dropout in place", "drop path, timm", "cutout",
+    "nested inputs", "a dataclass as output", "keyword inputs, an output of dicts and tuples",
+    "F.normalize with a zero row", "transformer encoder layer",
 )  # fmt: skip
 
 

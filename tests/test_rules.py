@@ -18,6 +18,8 @@ from stn_fx.rules import load_builtin_rules
 RESPONSES = {"row-wise": "rowwise", "low-rank": stn_fx.LowRank(2)}
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch loops where vmap has no rule: bilinear
 @pytest.mark.parametrize("response", RESPONSES)
 @pytest.mark.parametrize("each", CASES, ids=lambda each: each.name)
 def test_rule(each: Case, response: str) -> None:
