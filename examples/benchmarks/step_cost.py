@@ -3,7 +3,7 @@
     python examples/benchmarks/step_cost.py                      # all cases, about five minutes on 2 cores
     python examples/benchmarks/step_cost.py --cases simple_cnn --repetitions 30 --out step_cost.csv
 
-Everything is timed in one process, the variants interleaved, and medians are given.  Beside stn_fx stand two other ways
+Everything is timed in one process, variants interleaved, medians given.  Beside stn_fx stand two other ways
 to linearize the same hyper-conditioned forward (same layers, dropouts and detached base): an own implementation of the
 published one, the double backward (differentiated backwards twice at zero displacement), and one ``torch.func.jvp`` over
 the whole graph.
