@@ -57,7 +57,8 @@ def test_tune_ends_with_a_comparison_and_leaves_a_run_folder(model, tmp_path):
 def test_tune_on_a_data_root_of_ones_own(model, tmp_path):
     generator = np.random.default_rng(0)
     np.savez(tmp_path / "mine.npz", x=generator.integers(0, 256, (200, 8, 8), dtype=np.uint8), y=np.arange(200) % 4)
-    result = run(model, "--data", tmp_path / "mine.npz", "--epochs", 2, "--warmup", 0, "--no-compare", "--image-size", 8,
+    result = run(model, "--data", tmp_path / "mine.npz", "--epochs", 2, "--warmup", 0, "--no-compare",
+                 "--image-size", 8,
                  "--response", "lowrank:2", "--batch-size", 32, "--out", tmp_path / "run")  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "4 classes" in result.output
