@@ -5,7 +5,7 @@
 
 Everything is timed in one process, variants interleaved, medians given.  Beside stn_fx stand two other ways
 to linearize the same hyper-conditioned forward (same layers, dropouts and detached base): an own implementation of the
-published one, the double backward (differentiated backwards twice at zero displacement), and one ``torch.func.jvp`` over
+published one, the double backward (differentiated backwards twice at zero change), and one ``torch.func.jvp`` over
 the whole graph.
 """
 
