@@ -1,12 +1,37 @@
 """Values of options from text; each refuses what it does not understand with the forms that it does."""
 
 import ast
+from collections.abc import Callable
+from enum import StrEnum
+from functools import partial
 from typing import Any
 
 import torch
+from torch.optim import SGD, Adam, Optimizer
 
 from stn_fx import LowRank
 from stn_fx.errors import InputError
+
+
+class OptimizerName(StrEnum):
+    """Values of --optimizer."""
+
+    ADAM = "adam"
+    SGD = "sgd"
+
+
+class ScheduleName(StrEnum):
+    """Values of --schedule."""
+
+    COSINE = "cosine"
+    CONSTANT = "constant"
+
+
+OPTIMIZERS: dict[OptimizerName, Callable[..., Optimizer]] = {
+    OptimizerName.ADAM: Adam,
+    OptimizerName.SGD: partial(SGD, momentum=0.9),
+}
+DEFAULT_LR = {OptimizerName.ADAM: 1e-3, OptimizerName.SGD: 1e-2}
 
 
 def parse_response(text: str) -> str | LowRank:

@@ -8,16 +8,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from torch import nn
-from torch.optim import SGD, RMSprop
+from torch.optim import RMSprop
 
 from stn_fx.bilevel import RunFolder
 from stn_fx.bilevel.comparison import Recipe
 from stn_fx.bilevel.image_task import ImageTask
+from stn_fx.bilevel.schedules import cosine
 from stn_fx.bilevel.steps import ENTROPY_WEIGHT
 from stn_fx.data import Splits, load_images, split_images
 
 from .model_reference import input_channels, load_model
-from .options import parse_arguments, parse_device, parse_response
+from .options import DEFAULT_LR, OPTIMIZERS, OptimizerName, ScheduleName, parse_arguments, parse_device, parse_response
 from .progress import LiveProgress
 from .tables import comparison_table
 
@@ -39,10 +40,18 @@ def tune(
     ] = "digits",
     epochs: Annotated[int, typer.Option(min=1, rich_help_panel=TRAINING, help="Passes over the training data.")] = 30,
     batch_size: Annotated[int, typer.Option(min=1, rich_help_panel=TRAINING)] = 64,
+    optimizer: Annotated[
+        OptimizerName, typer.Option(rich_help_panel=TRAINING, help="Of the weights and of the response.")
+    ] = OptimizerName.ADAM,
     lr: Annotated[
-        float, typer.Option(min=0, rich_help_panel=TRAINING, help="Learning rate of the weights (SGD).")
-    ] = 0.01,
-    momentum: Annotated[float, typer.Option(min=0, max=1, rich_help_panel=TRAINING, help="Of the same SGD.")] = 0.9,
+        float | None,
+        typer.Option(
+            min=0, rich_help_panel=TRAINING, help="Learning rate of the weights; else 0.001 (adam), 0.01 (sgd)."
+        ),
+    ] = None,
+    schedule: Annotated[
+        ScheduleName, typer.Option(rich_help_panel=TRAINING, help="Of that learning rate: cosine falls to 0.")
+    ] = ScheduleName.COSINE,
     image_size: Annotated[
         int | None, typer.Option(min=1, rich_help_panel=TRAINING, help="Side in pixels that images are resized to.")
     ] = None,
@@ -80,7 +89,7 @@ def tune(
     ] = 0.03,
     response_lr: Annotated[
         float | None,
-        typer.Option(min=0, rich_help_panel=TUNING, help="Learning rate of the response (SGD); else --lr."),
+        typer.Option(min=0, rich_help_panel=TUNING, help="Learning rate of the response; else --lr."),
     ] = None,
     entropy_weight: Annotated[
         float, typer.Option(min=0, rich_help_panel=TUNING, help="Reward for wide perturbations, per nat.")
@@ -123,18 +132,20 @@ def tune(
     weights at the lowest validation loss, under the model's own keys). Ctrl-C keeps what there is.
     """
     console = Console()
+    lr = DEFAULT_LR[optimizer] if lr is None else lr
     recipe = Recipe(
         epochs=epochs,
         warmup_epochs=warmup,
         train_steps=train_steps,
         valid_steps=valid_steps,
         options={
-            "base_optimizer": partial(SGD, lr=lr, momentum=momentum),
-            "response_optimizer": partial(SGD, lr=lr if response_lr is None else response_lr, momentum=momentum),
+            "base_optimizer": partial(OPTIMIZERS[optimizer], lr=lr),
+            "response_optimizer": partial(OPTIMIZERS[optimizer], lr=lr if response_lr is None else response_lr),
             "hyper_optimizer": partial(RMSprop, lr=hyper_lr),
             "scale_optimizer": partial(RMSprop, lr=hyper_lr),
             "entropy_weight": entropy_weight,
         },
+        schedule=cosine if schedule is ScheduleName.COSINE else None,
     )
     place, structure, arguments = parse_device(device), parse_response(response), parse_arguments(model_arg or [])
     splits = _splits(console, data, image_size, valid_fraction, examples, split_seed)

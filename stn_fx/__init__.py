@@ -1,8 +1,17 @@
 """stn_fx tunes the regularization hyperparameters of any unmodified PyTorch model, while it trains, in one run."""
 
+from stn_fx.bilevel import BilevelTrainer, DeltaSTN
 from stn_fx.hparams import Hyperparameter
 from stn_fx.rules.structure import LowRank
 from stn_fx.transform import SelfTuningModule, transform
 from stn_fx.verify import check
 
-__all__ = ["Hyperparameter", "LowRank", "SelfTuningModule", "check", "transform"]
+__all__ = [
+    "BilevelTrainer",
+    "DeltaSTN",
+    "Hyperparameter",
+    "LowRank",
+    "SelfTuningModule",
+    "check",
+    "transform",
+]

@@ -1,9 +1,20 @@
+import math
+
 import pytest
 import torch
 from bilevel_fake import FakeSelfTuningModule, classification_batches
 from torch import nn
+from torch.optim.lr_scheduler import StepLR
 
-from stn_fx.bilevel import BilevelTrainer, Callback, DeltaSTN, FixedHyperparameters, KeepBest, evaluate
+from stn_fx.bilevel import (
+    BilevelTrainer,
+    Callback,
+    DeltaSTN,
+    FixedHyperparameters,
+    KeepBest,
+    LearningRateSchedule,
+    evaluate,
+)
 from stn_fx.errors import InputError
 
 TRAIN, VALID = classification_batches(0), classification_batches(1, examples=40)
@@ -158,3 +169,41 @@ def test_an_algorithm_beside_its_options_or_of_another_model_is_refused():
         make_trainer(DeltaSTN, entropy_weight=0.1)
     with pytest.raises(InputError, match="another"):
         BilevelTrainer(make_trainer().stn, train=TRAIN, valid=VALID, algorithm=DeltaSTN(make_trainer().stn))
+
+
+def rates(trainer):
+    return {role: optimizer.param_groups[0]["lr"] for role, optimizer in trainer.algorithm.optimizers.items()}
+
+
+def test_a_cosine_schedule_takes_the_rate_of_the_base_parameters_to_zero():
+    class Rates(Callback):
+        seen = []
+
+        def epoch_ended(self, trainer, record, result):
+            self.seen.append(rates(trainer))
+
+    trainer, observer = make_trainer(), Rates()
+    before = rates(trainer)
+    trainer.fit(4, warmup_epochs=1, callbacks=[LearningRateSchedule(), observer])
+    expected = [before["base"] * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in (1, 2, 3, 4)]
+    assert [each["base"] for each in observer.seen] == pytest.approx(expected, abs=1e-12)
+    assert all(each | {"base": 0} == before | {"base": 0} for each in observer.seen)
+
+
+def test_a_schedule_of_other_groups_and_of_ones_own():
+    trainer = make_trainer(FixedHyperparameters)
+    before = rates(trainer)["base"]
+    halving = LearningRateSchedule(lambda optimizer, steps: StepLR(optimizer, steps // 2, 0.5), ("base", "hyper"))
+    trainer.fit(2, callbacks=[halving])
+    assert rates(trainer) == {"base": pytest.approx(before / 4)}
+
+
+def test_a_schedule_needs_the_number_of_batches():
+    class Endless:
+        def __iter__(self):
+            return iter(TRAIN)
+
+    trainer = make_trainer()
+    trainer.train = Endless()
+    with pytest.raises(InputError, match="has no length"):
+        trainer.fit(4, callbacks=[LearningRateSchedule()])

@@ -10,6 +10,7 @@ from stn_fx.bilevel.evaluation import Evaluation, evaluate
 from stn_fx.bilevel.objective import Objective
 from stn_fx.bilevel.records import EpochRecord, FitResult, SchedulePoint
 from stn_fx.bilevel.run_folder import RunFolder
+from stn_fx.bilevel.schedules import LearningRateSchedule, cosine
 from stn_fx.bilevel.steps import DeltaSTN, FixedHyperparameters
 from stn_fx.bilevel.trainer import BilevelTrainer
 
@@ -24,9 +25,11 @@ __all__ = [
     "FixedHyperparameters",
     "InnerRecord",
     "KeepBest",
+    "LearningRateSchedule",
     "Objective",
     "OuterRecord",
     "RunFolder",
     "SchedulePoint",
+    "cosine",
     "evaluate",
 ]

@@ -14,6 +14,7 @@ from stn_fx.bilevel.callbacks import Callback, KeepBest
 from stn_fx.bilevel.evaluation import Evaluation
 from stn_fx.bilevel.objective import Loss, Objective
 from stn_fx.bilevel.records import FitResult
+from stn_fx.bilevel.schedules import LearningRateSchedule, SchedulerFactory
 from stn_fx.bilevel.steps import DeltaSTN, DeltaSTNOptions, FixedHyperparameters
 from stn_fx.bilevel.trainer import WARMUP_EPOCHS, BilevelTrainer
 
@@ -32,6 +33,7 @@ class Recipe:
         valid_steps: T_valid.
         options: optimizers (factories, because each run has its own parameters) and entropy weight of `DeltaSTN`.
         loss: of both.
+        schedule: learning rate of the base parameters over the run, see `LearningRateSchedule`; None keeps it constant.
     """
 
     epochs: int
@@ -40,6 +42,7 @@ class Recipe:
     valid_steps: int = 1
     options: DeltaSTNOptions = field(default_factory=DeltaSTNOptions)
     loss: Loss | Objective = F.cross_entropy
+    schedule: SchedulerFactory | None = None
 
 
 @dataclass(frozen=True)
@@ -88,13 +91,14 @@ def fixed_run(
 
 def _run(trainer: BilevelTrainer, recipe: Recipe, test: Iterable[Any], callbacks: Sequence[Callback]) -> Run:
     keep = KeepBest()
+    schedules = [LearningRateSchedule(recipe.schedule)] if recipe.schedule else []
     began = time.perf_counter()
     result = trainer.fit(
         recipe.epochs,
         warmup_epochs=recipe.warmup_epochs,
         train_steps=recipe.train_steps,
         valid_steps=recipe.valid_steps,
-        callbacks=[keep, *callbacks],
+        callbacks=[keep, *schedules, *callbacks],
     )
     seconds = time.perf_counter() - began
     keep.restore(trainer)
