@@ -11,13 +11,13 @@ from torch.utils import _pytree as pytree
 from stn_fx.augment.draws import Draws
 from stn_fx.compiler.finalize import Finalized, write_rates
 from stn_fx.compiler.pipeline import BatchAxis, CompiledModel, compile_model, state_tensors
-from stn_fx.compiler.plan import ParameterPlan
 from stn_fx.compiler.report import Report
+from stn_fx.compiler.responses import build_responses, part_shapes, planned_shapes
 from stn_fx.compiler.signature import input_signature, module_signature, training_flags
 from stn_fx.errors import InputError, StnError
 from stn_fx.hparams import Hyperparameter, HyperparameterSpace, parse_hparams
 from stn_fx.rules import Registry, load_builtin_rules
-from stn_fx.rules.structure import Exact, LowRank, LowRankResponse, Response, RowWise
+from stn_fx.rules.structure import LowRank, Response
 
 HparamsArgument = str | Iterable[str | Hyperparameter] | Hyperparameter | None
 
@@ -110,33 +110,17 @@ class SelfTuningModule(nn.Module):
 
     def _build_parameters(self, compiled: CompiledModel) -> None:
         reference = next(p for p in self.model.parameters() if p.is_floating_point())
-        space = HyperparameterSpace(list(compiled.plan.hyperparameters))
-        space.to(device=reference.device, dtype=reference.dtype)
+        self.hparams = HyperparameterSpace(list(compiled.plan.hyperparameters))
+        self.hparams.to(device=reference.device, dtype=reference.dtype)
         generator = torch.Generator().manual_seed(self._seed)
-        parameters = dict(self.model.named_parameters())
-        response = nn.Module()
-        for plan in compiled.plan.parameters:
-            module = _response_module(plan, len(space))
-            if module is not None:
-                weight = parameters.get(plan.name)
-                like = reference if weight is None else weight
-                module.to(device=like.device, dtype=like.dtype)
-                module.initialise(torch.empty(plan.shape) if weight is None else weight, generator)
-                response.add_module(plan.name.replace(".", "/"), module)
-        self.hparams, self.response = space, response
+        self.response = nn.Module()
+        for name, module in build_responses(compiled.plan, self.model, generator).items():
+            self.response.add_module(name.replace(".", "/"), module)
 
     def _check_same_parameters(self, compiled: CompiledModel) -> None:
         """Another shape or mode may use other parts of the model; the response parameters must still fit."""
         names = tuple(each.name for each in compiled.plan.hyperparameters)
-        shapes = {
-            plan.name: {name: parameter.shape for name, parameter in module.named_parameters()}
-            for plan in compiled.plan.parameters
-            if (module := _response_module(plan, len(names))) is not None
-        }
-        mine = {
-            name: {part: parameter.shape for part, parameter in module.named_parameters()}
-            for name, module in self.responses().items()
-        }
+        shapes, mine = planned_shapes(compiled.plan), part_shapes(self.responses())
         if names != self.hparams.names or shapes != mine:
             different = set(names) ^ set(self.hparams.names)
             different |= {name for name in shapes | mine if shapes.get(name) != mine.get(name)}
@@ -344,14 +328,6 @@ def _full_tangent(primal: Any, tangent: Any) -> Any:
     if not isinstance(primal, Tensor) or not primal.is_floating_point():
         return None if tangent is None else tangent
     return torch.zeros_like(primal) if tangent is None else tangent
-
-
-def _response_module(plan: ParameterPlan, hyperparameters: int) -> Any:
-    if plan.structure == "row-wise":
-        return RowWise(plan.shape, plan.row_axis, hyperparameters)
-    if plan.structure == "low-rank":
-        return LowRankResponse(plan.shape, plan.row_axis, hyperparameters, plan.rank)
-    return Exact(plan.shape, hyperparameters) if plan.structure == "exact" else None
 
 
 def _split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -177,7 +177,8 @@ def rates(trainer):
 
 def test_a_cosine_schedule_takes_the_rate_of_the_base_parameters_to_zero():
     class Rates(Callback):
-        seen = []
+        def __init__(self):
+            self.seen = []
 
         def epoch_ended(self, trainer, record, result):
             self.seen.append(rates(trainer))

@@ -312,3 +312,19 @@ def test_an_input_that_requires_grad_is_refused_by_the_linearized_pass() -> None
     stn = made().eval()
     with pytest.raises(StnError, match="Detach"):
         stn.linearize(X.clone().requires_grad_(), raw=raw_of(stn))
+
+
+@pytest.mark.parametrize("response", ["rowwise", stn_fx.LowRank(2)])
+def test_padding_stays_padding_under_every_hyperparameter(response):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 6, padding_idx=2), nn.Linear(6, 4)).double()
+    stn = stn_fx.transform(model, "dropout(shared),weight_decay", (torch.randint(0, 9, (4, 5)),), response=response)
+    for parameter in stn.response_parameters():
+        parameter.data = torch.where(parameter == 0, parameter, torch.randn_like(parameter)) + 0.0
+    with torch.no_grad():
+        for name, parameter in stn.response.named_parameters():
+            if name.endswith(".V") or name.endswith(".G"):
+                parameter.normal_()
+    change = stn.weight_response(torch.ones(2, dtype=torch.float64))["0.weight"]
+    assert change[2].eq(0).all()
+    assert change[[0, 1, 3, 8]].ne(0).all()

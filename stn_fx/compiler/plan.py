@@ -17,6 +17,7 @@ class ParameterPlan:
 
     ``structure`` is "row-wise", "low-rank", "exact", "effective" (conditioned through the effective weights named in
     ``through``), "frozen" or "none"; ``reason`` says why it is not conditioned, or what is particular.
+    ``padding_row`` is the entry of an embedding table that no gradient reaches, so that its response stays zero.
     """
 
     name: str
@@ -29,6 +30,7 @@ class ParameterPlan:
     reason: str = ""
     through: tuple[str, ...] = ()
     is_effective: bool = False
+    padding_row: int | None = None
 
     @property
     def scalars(self) -> int:

@@ -1,7 +1,7 @@
 """From captured graphs and the user's selections to the plan."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -87,11 +87,19 @@ def _structured(
             continue
         if not low_rank:
             reason = "low rank would not be smaller than this layer" if response is not None else ""
-            return ParameterPlan(name, shape, "row-wise", rules, common[0], uses=len(uses) // calls, reason=reason)
+            plan = ParameterPlan(name, shape, "row-wise", rules, common[0], uses=len(uses) // calls, reason=reason)
+            return replace(plan, padding_row=_padding_row(uses, registry))
         assert response is not None
         if _low_rank_is_smaller(shape, common[0], uses, response.rank):
-            return ParameterPlan(name, shape, "low-rank", rules, common[0], response.rank, uses=len(uses) // calls)
+            plan = ParameterPlan(name, shape, "low-rank", rules, common[0], response.rank, uses=len(uses) // calls)
+            return replace(plan, padding_row=_padding_row(uses, registry))
     return None
+
+
+def _padding_row(uses: list[WeightUse], registry: Registry) -> int | None:
+    """The padding entry on which all uses agree; a weight tied to a decoder learns about it there."""
+    rows = {rule.padding_row(use.consumer) for use in uses if (rule := registry.find(use.consumer)) is not None}
+    return rows.pop() if len(rows) == 1 else None
 
 
 def _low_rank_is_smaller(shape: tuple[int, ...], axis: int, uses: list[WeightUse], rank: int) -> bool:
@@ -124,7 +132,7 @@ def _plan_effective(
             shape = tuple(int(size) for size in node.meta["val"].shape)
             plan = _structured(name, shape, uses, registry, response)
             if plan is not None and plans.get(name, plan).shape == shape:
-                plans[name] = ParameterPlan(**{**vars(plan), "is_effective": True})
+                plans[name] = replace(plan, is_effective=True)
                 where[kind][node.name] = name
     both = set(where["training"].values()) & set(where["evaluation"].values())
     where = {kind: {node: name for node, name in found.items() if name in both} for kind, found in where.items()}

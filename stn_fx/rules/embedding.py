@@ -28,6 +28,10 @@ class EmbeddingRule(Rule):
     def weight_axes(self, node: Node, position: int, rank: int) -> tuple[int, ...]:
         return (1,) if position == 0 else ()
 
+    def padding_row(self, node: Node) -> int | None:
+        row = node.args[2] if len(node.args) > 2 else node.kwargs.get("padding_idx", -1)
+        return row if isinstance(row, int) and row >= 0 else None
+
     def _weight_term(self, emit: Emitter, node: Node) -> Node | None:
         change = emit.structured(node.args[0])
         if change is None:

@@ -112,6 +112,10 @@ class Rule:
         """Axes of the tensor at ``position`` along which its response may be scaled, preferred first; () = none."""
         return ()
 
+    def padding_row(self, node: Node) -> int | None:
+        """Index of the weight's axis 0 that no gradient reaches from this call; None = there is none."""
+        return None
+
     def base(self, emit: Emitter, node: Node) -> Any:
         """Code of the base pass."""
         return emit.copy(node)

@@ -38,6 +38,14 @@ class Response(nn.Module):
         super().__init__()
         self.shape = tuple(shape)
 
+    def initialise(self, weight: Tensor, generator: torch.Generator) -> None:
+        """Draw initial values (on the CPU) for a response of this weight; DeltaW is zero with them."""
+        raise NotImplementedError
+
+    def silence(self, row: int) -> None:
+        """Keep DeltaW zero at this index of the parameter's axis 0, which no gradient reaches."""
+        raise NotImplementedError
+
     def dense(self, delta: Tensor) -> Tensor:
         """DeltaW for one displacement (H,), shaped like the parameter: the bridge to every oracle."""
         raise NotImplementedError
@@ -62,6 +70,10 @@ class RowWise(Response):
         """Draw ``U`` as ``nn.Linear`` and ``nn.Conv`` draw their weights: uniform within 1/sqrt(fan in)."""
         fan_in = max(1, weight.numel() // max(1, weight.shape[self.row_axis]))
         _uniform(self.U, 1 / math.sqrt(fan_in), generator)
+
+    @torch.no_grad()
+    def silence(self, row: int) -> None:
+        self.U[row] = 0
 
     def dense(self, delta: Tensor) -> Tensor:
         scales = self.V @ delta
@@ -94,6 +106,13 @@ class LowRankResponse(Response):
         _uniform(self.B, 1 / math.sqrt(fan_in), generator)
         _uniform(self.A, 1 / math.sqrt(self.rank), generator)
 
+    @torch.no_grad()
+    def silence(self, row: int) -> None:
+        if self.row_axis == 0:
+            self.A[row] = 0
+        else:
+            self.B[:, row] = 0
+
     def dense(self, delta: Tensor) -> Tensor:
         scales = self.V @ delta
         return torch.tensordot(self.A * scales, self.B, dims=1).movedim(0, self.row_axis)
@@ -118,6 +137,9 @@ class Exact(Response):
 
     def initialise(self, weight: Tensor, generator: torch.Generator) -> None:
         """Nothing to draw: G starts at zero and receives a gradient there."""
+
+    def silence(self, row: int) -> None:
+        """Nothing to do: G stays zero where no gradient comes."""
 
     def dense(self, delta: Tensor) -> Tensor:
         return self.G @ delta

@@ -1,0 +1,57 @@
+"""The response parameters that a plan asks for."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from stn_fx.compiler.plan import ParameterPlan, Plan
+from stn_fx.rules.structure import Exact, LowRankResponse, Response, RowWise
+
+
+def build_responses(plan: Plan, model: nn.Module, generator: torch.Generator) -> dict[str, Response]:
+    """New responses by the qualified name of their parameter or effective weight, on its device and in its dtype.
+
+    Args:
+        plan: of the model.
+        model: the user's, whose weights tell the scale of the initial values.
+        generator: on the CPU.
+    """
+    reference = next(p for p in model.parameters() if p.is_floating_point())
+    parameters = dict(model.named_parameters())
+    responses = {}
+    for each in plan.parameters:
+        response = _response(each, len(plan.hyperparameters))
+        if response is None:
+            continue
+        weight = parameters.get(each.name)
+        like = reference if weight is None else weight
+        response.to(device=like.device, dtype=like.dtype)
+        response.initialise(torch.empty(each.shape) if weight is None else weight, generator)
+        if each.padding_row is not None:
+            response.silence(each.padding_row)
+        responses[each.name] = response
+    return responses
+
+
+def planned_shapes(plan: Plan) -> dict[str, dict[str, torch.Size]]:
+    """Shapes of the parts of every response that the plan asks for, without making them."""
+    with torch.device("meta"):
+        made = {each.name: _response(each, len(plan.hyperparameters)) for each in plan.parameters}
+    return part_shapes({name: response for name, response in made.items() if response is not None})
+
+
+def part_shapes(responses: Mapping[str, Response]) -> dict[str, dict[str, torch.Size]]:
+    """``{name: {part: shape}}``, as ``{"fc.weight": {"U": (10, 84), "V": (10, 3)}}``."""
+    return {
+        name: {part: parameter.shape for part, parameter in response.named_parameters()}
+        for name, response in responses.items()
+    }
+
+
+def _response(plan: ParameterPlan, hyperparameters: int) -> Response | None:
+    if plan.structure == "row-wise":
+        return RowWise(plan.shape, plan.row_axis, hyperparameters)
+    if plan.structure == "low-rank":
+        return LowRankResponse(plan.shape, plan.row_axis, hyperparameters, plan.rank)
+    return Exact(plan.shape, hyperparameters) if plan.structure == "exact" else None
