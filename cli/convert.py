@@ -14,8 +14,8 @@ from stn_fx.compiler.emit import emit
 from stn_fx.compiler.proof import Proof, prove
 from stn_fx.errors import InputError, StnError
 from stn_fx.example_input import example_input
+from stn_fx.model_reference import load_model
 
-from .model_reference import load_model
 from .options import parse_arguments, parse_response
 
 

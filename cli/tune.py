@@ -16,8 +16,8 @@ from stn_fx.bilevel.image_task import ImageTask
 from stn_fx.bilevel.schedules import cosine
 from stn_fx.bilevel.steps import ENTROPY_WEIGHT
 from stn_fx.data import Splits, load_images, split_images
+from stn_fx.model_reference import input_channels, load_model
 
-from .model_reference import input_channels, load_model
 from .options import DEFAULT_LR, OPTIMIZERS, OptimizerName, ScheduleName, parse_arguments, parse_device, parse_response
 from .progress import LiveProgress
 from .tables import comparison_table

@@ -15,6 +15,7 @@ FLOORS = (
     "verify",
     "data",
     "example_input",
+    "model_reference",
     "bilevel",
     "cli",
 )

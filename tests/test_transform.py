@@ -323,7 +323,7 @@ def test_padding_stays_padding_under_every_hyperparameter(response):
         parameter.data = torch.where(parameter == 0, parameter, torch.randn_like(parameter)) + 0.0
     with torch.no_grad():
         for name, parameter in stn.response.named_parameters():
-            if name.endswith(".V") or name.endswith(".G"):
+            if name.endswith((".V", ".G")):
                 parameter.normal_()
     change = stn.weight_response(torch.ones(2, dtype=torch.float64))["0.weight"]
     assert change[2].eq(0).all()

@@ -16,12 +16,12 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from stn_fx_cli.model_reference import input_channels, load_model
 from torch import nn
 
 from stn_fx.bilevel.comparison import Recipe, Run
 from stn_fx.bilevel.image_task import ImageTask
 from stn_fx.data import load_images, split_images
+from stn_fx.model_reference import input_channels, load_model
 
 STARTS = {
     "good": "dropout,cutout,weight_decay",

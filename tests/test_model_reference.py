@@ -1,10 +1,10 @@
 import sys
 
 import pytest
-from stn_fx_cli.model_reference import input_channels, load_model
 from torch import nn
 
 from stn_fx.errors import InputError
+from stn_fx.model_reference import input_channels, load_model
 
 NETS = """
 from torch import nn
