@@ -50,7 +50,7 @@ def tune(
         ),
     ] = None,
     schedule: Annotated[
-        ScheduleName, typer.Option(rich_help_panel=TRAINING, help="Of that learning rate: cosine falls to 0.")
+        ScheduleName, typer.Option(rich_help_panel=TRAINING, help="Of the learning rates: cosine falls to 0.")
     ] = ScheduleName.COSINE,
     image_size: Annotated[
         int | None, typer.Option(min=1, rich_help_panel=TRAINING, help="Side in pixels that images are resized to.")
@@ -78,7 +78,9 @@ def tune(
     response: Annotated[
         str, typer.Option(rich_help_panel=TUNING, help="How weights respond: rowwise, or lowrank:RANK (cheaper).")
     ] = "rowwise",
-    warmup: Annotated[int, typer.Option(min=0, rich_help_panel=TUNING, help="Epochs before tuning begins.")] = 3,
+    warmup: Annotated[
+        int | None, typer.Option(min=0, rich_help_panel=TUNING, help="Epochs before tuning begins; else a tenth.")
+    ] = None,
     train_steps: Annotated[
         int, typer.Option(min=1, rich_help_panel=TUNING, help="Training updates between rounds of tuning.")
     ] = 5,

@@ -1,4 +1,4 @@
-"""Ridge regression: the response that the stochastic steps learn, against its closed form (exact ones: `test_ridge`)."""
+"""Ridge regression: the response that the stochastic steps learn, against its closed form (exact: `test_ridge`)."""
 
 from functools import partial
 

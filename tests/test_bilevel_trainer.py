@@ -175,7 +175,7 @@ def rates(trainer):
     return {role: optimizer.param_groups[0]["lr"] for role, optimizer in trainer.algorithm.optimizers.items()}
 
 
-def test_a_cosine_schedule_takes_the_rate_of_the_base_parameters_to_zero():
+def test_a_cosine_schedule_takes_all_but_the_response_to_rest():
     class Rates(Callback):
         def __init__(self):
             self.seen = []
@@ -186,17 +186,24 @@ def test_a_cosine_schedule_takes_the_rate_of_the_base_parameters_to_zero():
     trainer, observer = make_trainer(), Rates()
     before = rates(trainer)
     trainer.fit(4, warmup_epochs=1, callbacks=[LearningRateSchedule(), observer])
-    expected = [before["base"] * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in (1, 2, 3, 4)]
-    assert [each["base"] for each in observer.seen] == pytest.approx(expected, abs=1e-12)
-    assert all(each | {"base": 0} == before | {"base": 0} for each in observer.seen)
+    for role in ("base", "hyper", "scale"):
+        expected = [before[role] * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in (1, 2, 3, 4)]
+        assert [each[role] for each in observer.seen] == pytest.approx(expected, abs=1e-12)
+    assert all(each["response"] == before["response"] for each in observer.seen)
 
 
-def test_a_schedule_of_other_groups_and_of_ones_own():
+def test_a_schedule_of_ones_own_and_no_followers():
+    trainer = make_trainer()
+    before = rates(trainer)
+    halving = LearningRateSchedule(lambda optimizer, steps: StepLR(optimizer, steps // 2, 0.5), followers=())
+    trainer.fit(2, warmup_epochs=1, callbacks=[halving])
+    assert rates(trainer) == before | {"base": pytest.approx(before["base"] / 4)}
+
+
+def test_a_baseline_follows_the_same_schedule():
     trainer = make_trainer(FixedHyperparameters)
-    before = rates(trainer)["base"]
-    halving = LearningRateSchedule(lambda optimizer, steps: StepLR(optimizer, steps // 2, 0.5), ("base", "hyper"))
-    trainer.fit(2, callbacks=[halving])
-    assert rates(trainer) == {"base": pytest.approx(before / 4)}
+    trainer.fit(2, callbacks=[LearningRateSchedule()])
+    assert rates(trainer) == {"base": pytest.approx(0, abs=1e-12)}
 
 
 def test_a_schedule_needs_the_number_of_batches():
@@ -208,3 +215,10 @@ def test_a_schedule_needs_the_number_of_batches():
     trainer.train = Endless()
     with pytest.raises(InputError, match="has no length"):
         trainer.fit(4, callbacks=[LearningRateSchedule()])
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [(1, 0), (2, 1), (9, 1), (30, 3)])
+def test_warm_up_is_a_tenth_of_the_epochs(epochs, expected):
+    result = make_trainer().fit(epochs, train_steps=1)
+    first = next((point.epoch for point in result.schedule if point.outer_step), None)
+    assert first == expected + 1

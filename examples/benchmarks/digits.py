@@ -1,32 +1,44 @@
 """Does tuning pay? The README's main job over several seeds, from a good start and from a bad one.
 
     python examples/benchmarks/digits.py
-    python examples/benchmarks/digits.py --model torchvision:resnet18 --epochs 20 --seeds 0 1 2 --out digits.csv
+    python examples/benchmarks/digits.py --starts bad --seeds 0 1 2 3 4 --out digits.csv
 
-For each start and seed, a model is trained with tuning and, from the same weights and in the same order, at the fixed
-start values for the same number of epochs. Both are read at their epoch with the lowest validation loss; also told is
-the validation loss of the last epoch. An epoch costs more time with tuning, which is told too.
+A small Vision Transformer of timm learns scikit-learn's digits from 359 training images, so few that regularization
+matters. For each start and seed it is trained with tuning and, from the same weights and in the same order, at the
+fixed start values for the same number of epochs. Both are read at their epoch with the lowest validation loss; also
+told is the validation loss of the last epoch. An epoch costs more time with tuning, which is told too.
 """
 
 import argparse
 import csv
 import statistics
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.optim import Adam
 
 from stn_fx.bilevel.comparison import Recipe, Run
 from stn_fx.bilevel.image_task import ImageTask
+from stn_fx.bilevel.schedules import cosine
 from stn_fx.data import load_images, split_images
-from stn_fx.model_reference import input_channels, load_model
+from stn_fx.model_reference import load_model
 
 STARTS = {
-    "good": "dropout,cutout,weight_decay",
-    "bad": "dropout(initial=0.5),cutout,weight_decay",
+    "good": "dropout(shared),cutout,weight_decay",
+    "bad": "dropout(shared, initial=0.5),cutout,weight_decay",
 }
+MODEL = "timm:test_vit"
+ARGUMENTS = {"img_size": 8, "patch_size": 2, "depth": 3}
+SIDE = 8
+VALID_FRACTION = 0.4
+BATCH_SIZE = 32
+EPOCHS = 100
+LEARNING_RATE = 3e-3
+TRAIN_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -49,17 +61,28 @@ class Row:
         return Row(start, seed, way, run.valid.loss, last, run.test.loss, run.test.accuracy, run.seconds)
 
 
-def digits_task(reference: str, hparams: str, side: int, batch_size: int) -> ImageTask:
+def digits_task(hparams: str) -> ImageTask:
     """The task of the README's main job."""
     source = load_images("digits")
-    splits = split_images(source.train, source.test, source.classes).resized(side)
-    channels = input_channels(load_model(reference, 10, splits.train.channels).model)
-    splits = splits.with_channels(channels or splits.train.channels)
+    splits = split_images(source.train, source.test, source.classes, VALID_FRACTION).resized(SIDE)
 
     def build() -> nn.Module:
-        return load_model(reference, 10, splits.train.channels).model
+        return load_model(MODEL, len(splits.classes), splits.train.channels, ARGUMENTS).model
 
-    return ImageTask(build, splits, hparams, batch_size=batch_size)
+    return ImageTask(build, splits, hparams, batch_size=BATCH_SIZE)
+
+
+def recipe(epochs: int) -> Recipe:
+    """What the command line does with the options of the README's main job."""
+    return Recipe(
+        epochs,
+        train_steps=TRAIN_STEPS,
+        options={
+            "base_optimizer": partial(Adam, lr=LEARNING_RATE),
+            "response_optimizer": partial(Adam, lr=LEARNING_RATE),
+        },
+        schedule=cosine,
+    )
 
 
 def table(rows: list[Row]) -> Table:
@@ -88,22 +111,18 @@ def table(rows: list[Row]) -> Table:
 def main() -> None:
     """Parse, run, print; rows reach the file as soon as there are any, so that an interrupted run is not lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="timm:resnet10t")
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--side", type=int, default=32, help="images are resized to this side in pixels")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--starts", nargs="+", choices=list(STARTS), default=list(STARTS))
     parser.add_argument("--out", type=Path, help="CSV file of all runs")
     options = parser.parse_args()
 
     console, rows = Console(), []
-    recipe = Recipe(epochs=options.epochs)
     for start in options.starts:
-        task = digits_task(options.model, STARTS[start], options.side, options.batch_size)
+        task = digits_task(STARTS[start])
         for seed in options.seeds:
             for way, train in (("tuned", task.tuned), ("fixed", task.fixed)):
-                row = Row.of(start, seed, way, train(recipe, seed))
+                row = Row.of(start, seed, way, train(recipe(options.epochs), seed))
                 rows.append(row)
                 console.print(f"{start} start, seed {seed}, {way}: validation loss {row.valid_loss:.4f}")
                 if options.out:

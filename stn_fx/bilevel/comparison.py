@@ -16,7 +16,7 @@ from stn_fx.bilevel.objective import Loss, Objective
 from stn_fx.bilevel.records import FitResult
 from stn_fx.bilevel.schedules import LearningRateSchedule, SchedulerFactory
 from stn_fx.bilevel.steps import DeltaSTN, DeltaSTNOptions, FixedHyperparameters
-from stn_fx.bilevel.trainer import WARMUP_EPOCHS, BilevelTrainer
+from stn_fx.bilevel.trainer import BilevelTrainer
 
 if TYPE_CHECKING:
     from stn_fx.transform import SelfTuningModule
@@ -33,11 +33,11 @@ class Recipe:
         valid_steps: T_valid.
         options: optimizers (factories, because each run has its own parameters) and entropy weight of `DeltaSTN`.
         loss: of both.
-        schedule: learning rate of the base parameters over the run, see `LearningRateSchedule`; None keeps it constant.
+        schedule: learning rates over the run, see `LearningRateSchedule`; None keeps them constant.
     """
 
     epochs: int
-    warmup_epochs: int = WARMUP_EPOCHS
+    warmup_epochs: int | None = None
     train_steps: int = 5
     valid_steps: int = 1
     options: DeltaSTNOptions = field(default_factory=DeltaSTNOptions)

@@ -25,7 +25,7 @@ class ImageTask:
         splits: images of the size and with the channels that the model takes.
         hparams: as for `stn_fx.transform`.
         response: as for `stn_fx.transform`.
-        batch_size: B, for training and validation.
+        batch_size: B, for training; validation has larger batches, see `image_batches`.
         device: of model and batches.
     """
 

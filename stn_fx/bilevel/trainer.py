@@ -18,8 +18,6 @@ from stn_fx.errors import InputError
 if TYPE_CHECKING:
     from stn_fx.transform import SelfTuningModule
 
-WARMUP_EPOCHS = 3
-
 
 class BilevelTrainer:
     """Trains a wrapped model and tunes its hyperparameters in one run.
@@ -72,7 +70,7 @@ class BilevelTrainer:
         self,
         epochs: int = 50,
         *,
-        warmup_epochs: int = WARMUP_EPOCHS,
+        warmup_epochs: int | None = None,
         train_steps: int = 5,
         valid_steps: int = 1,
         callbacks: Sequence[Callback] = (),
@@ -82,7 +80,7 @@ class BilevelTrainer:
         Args:
             epochs: passes over the training loader.
             warmup_epochs: epochs at the start without outer steps: the response is learned first, and an undertrained
-                model wants no regularization.
+                model wants no regularization. None = a tenth of all, at least one where there is more than one.
             train_steps: T_train, inner steps between two rounds of outer steps (the papers' usual choice is 5).
             valid_steps: T_valid, outer steps in a round (1).
             callbacks: called in this order at every event.
@@ -98,6 +96,8 @@ class BilevelTrainer:
         for name, value in options.items():
             if value < 1:
                 raise InputError(f"{name}={value}: at least 1 is needed.")
+        if warmup_epochs is None:
+            warmup_epochs = max(epochs // 10, min(1, epochs - 1))
         if warmup_epochs < 0:
             raise InputError(f"warmup_epochs={warmup_epochs}: it cannot be negative.")
         if self.algorithm.tunes and warmup_epochs >= epochs:
