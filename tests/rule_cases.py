@@ -151,12 +151,26 @@ case(
 )
 case("a reshaped weight", lambda: Fn(lambda m, x: F.linear(x, m.w.flatten(1)), w=torch.rand(4, 5, 1)), noise(5), LINEAR)
 TRIANGLE = torch.ones(4, 5, dtype=torch.float64).tril()
+for name, masked in {
+    "times a mask": lambda w: w * TRIANGLE,
+    "a mask times it": lambda w: TRIANGLE * w,
+    "filled with zeros": lambda w: w.masked_fill(TRIANGLE == 0, 0.0),
+    "scaled": lambda w: (w / 3.0) * 2.0,
+    "transposed, masked": lambda w: (w.t() * TRIANGLE.t()).t(),
+}.items():
+    case(
+        f"a weight {name}",
+        lambda masked=masked: Fn(lambda m, x: F.linear(x, masked(m.w)), w=torch.rand(4, 5)),
+        noise(5),
+        LINEAR,
+        structures=("row-wise",),
+    )
 case(
-    "a masked weight",
-    lambda: Fn(lambda m, x: F.linear(x, m.w * TRIANGLE), w=torch.rand(4, 5)),
+    "a weight times another",
+    lambda: Fn(lambda m, x: F.linear(x, m.w * m.v), w=torch.rand(4, 5), v=torch.rand(4, 5)),
     noise(5),
-    plain=lambda m: Fn(lambda m, x: F.linear(x, m.weight), weight=m.w.detach() * TRIANGLE),
     structures=("effective",),
+    plain=lambda m: Fn(lambda m, x: F.linear(x, m.weight), weight=m.w.detach() * m.v.detach()),
 )
 
 # ---- convolutions

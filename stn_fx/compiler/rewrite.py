@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from stn_fx.compiler.compose import compose, map_row_axis, passes_structure
+from stn_fx.compiler.compose import compose, linear_operand, map_row_axis
 from stn_fx.compiler.functionalize import module_path
 from stn_fx.compiler.layouts import unit_size
 from stn_fx.compiler.plan import ParameterPlan, Plan, SitePlan
@@ -240,12 +240,13 @@ class GraphEmitter:
         plan = self._plan_of(node)
         if plan is not None:
             return self._own_change(plan) if plan.structure in ("row-wise", "low-rank") else None
-        if node.op != "call_function" or not passes_structure(node) or node in self.flow.carries_batch:
+        if node.op != "call_function" or node in self.flow.carries_batch:
             return None
-        parent = self.structured(node.args[0])
-        if parent is None or map_row_axis(node, parent.row_axis, parent.left is not None) is None:
+        operand = linear_operand(node, self.flow.is_fixed)
+        parent = None if operand is None else self.structured(node.args[operand])
+        if parent is None or map_row_axis(node, operand, parent.row_axis, parent.left is not None) is None:
             return None
-        return compose(self, node, parent, parent.row_axis)
+        return compose(self, node, operand, parent, parent.row_axis)
 
     def _own_change(self, plan: ParameterPlan) -> StructuredChange:
         scales = self.call(row_scales, self._fetch("response", f"{plan.name}.V"), self.holders["delta"])

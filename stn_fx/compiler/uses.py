@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from stn_fx.compiler.capture import CapturedGraph
-from stn_fx.compiler.compose import map_row_axis, passes_structure
+from stn_fx.compiler.compose import linear_operand, map_row_axis
 from stn_fx.compiler.functionalize import module_path
 from stn_fx.compiler.layouts import symbolic_axes
 from stn_fx.rules import Registry
@@ -29,8 +29,8 @@ class WeightUse:
     consumer: Node
     position: int
     weight: Node
-    chain: list[Node] = field(default_factory=list)
-    """Operators from the parameter to ``weight``, in order; empty for a direct use."""
+    chain: list[tuple[Node, int]] = field(default_factory=list)
+    """Operators from the parameter to ``weight``, in order, each with the argument that it is linear in."""
 
 
 @dataclass
@@ -79,6 +79,10 @@ class ParameterFlow:
         """Whether this value depends on parameters and on no input."""
         return isinstance(argument, Node) and argument in self.sources
 
+    def is_fixed(self, argument: object) -> bool:
+        """Whether this value depends neither on parameters nor on inputs."""
+        return isinstance(argument, Node) and argument not in self.sources and argument not in self.carries_batch
+
 
 def find_uses(
     captured: CapturedGraph, flow: ParameterFlow, layouts: dict[Node, BatchLayout], registry: Registry
@@ -118,13 +122,14 @@ def _classify(
     use = WeightUse(consumer, position, argument)
     node: Any = argument
     while node.op != "placeholder":
-        if not passes_structure(node):
+        operand = linear_operand(node, flow.is_fixed)
+        if operand is None:
             uses.effective.setdefault(argument, []).append(WeightUse(consumer, position, argument))
             for name in flow.sources[argument]:
                 uses.through.setdefault(name, set()).add(argument)
             return
-        use.chain.insert(0, node)
-        node = node.args[0]
+        use.chain.insert(0, (node, operand))
+        node = node.args[operand]
     (name,) = flow.sources[node]
     uses.weights.setdefault(name, []).append(use)
 
@@ -154,8 +159,8 @@ def row_axes(use: WeightUse, registry: Registry, ndim: int, low_rank: bool) -> l
     ranked = []
     for axis in range(ndim):
         mapped: int | None = axis
-        for node in use.chain:
-            mapped = map_row_axis(node, mapped, low_rank)
+        for node, operand in use.chain:
+            mapped = map_row_axis(node, operand, mapped, low_rank)
             if mapped is None:
                 break
         if mapped in allowed:
