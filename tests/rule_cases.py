@@ -573,6 +573,7 @@ case("SDPA", qkv_attention(), noise(5, 8), ATTENTION)
 case("SDPA, causal", qkv_attention(is_causal=True), noise(5, 8), ATTENTION)
 case("SDPA, scale", qkv_attention(scale=0.3), noise(5, 8), ATTENTION)
 case("SDPA, float mask", qkv_attention(attn_mask=MASK), noise(5, 8), ATTENTION)
+case("SDPA, a row that is masked whole", qkv_attention(attn_mask=torch.ones(5, 5).tril(-1) > 0), noise(5, 8), ATTENTION)
 case("SDPA, bool mask", qkv_attention(attn_mask=MASK > 0.2), noise(5, 8), ATTENTION)
 
 
