@@ -66,7 +66,10 @@ def _plan_parameter(
     consumer = general[0][0] if general else weights[0].consumer
     rule = registry.find(consumer)
     if parameter.numel() > EXACT_LIMIT:
-        reason = f"no rule conditions its use by {consumer.target}, and {parameter.numel():,} scalars are too many for the exact Jacobian"  # noqa: E501
+        reason = (
+            f"no rule conditions its use by {consumer.target}, and {parameter.numel():,} scalars are too many for the "
+            f"exact Jacobian"
+        )
         return ParameterPlan(name, shape, "none", uses=count, reason=reason)
     return ParameterPlan(name, shape, "exact", rule=rule.name if rule else "any operator, per example", uses=count)
 
