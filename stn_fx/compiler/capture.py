@@ -7,6 +7,7 @@ capture fails.
 
 import contextlib
 import dataclasses
+import inspect
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -110,7 +111,7 @@ def _export(
         if axis is not None:
             shapes[value] = {axis: batch}
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _named_keywords(model, kwargs):
             warnings.simplefilter("ignore")
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
@@ -120,6 +121,32 @@ def _export(
             f"{_first_lines(error)}\nRemedy: make the forward independent of the data's values and of the batch size "
             f"(torch.export says where), name the batch axis with batch_axis=, or pass inputs of the usual shape."
         ) from error
+
+
+@contextlib.contextmanager
+def _named_keywords(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Give a forward that takes ``**kwargs`` named arguments: torch.export before 2.13 cannot match shapes then."""
+    signature = inspect.signature(model.forward)
+    collecting = [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+    if not collecting or set(kwargs) <= set(signature.parameters):
+        yield
+        return
+    rest = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    named = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in kwargs if n not in signature.parameters]
+
+    def forward(*args: Any, **keywords: Any) -> Any:
+        return original(*args, **keywords)
+
+    had_own, original = "forward" in vars(model), model.forward
+    forward.__signature__ = signature.replace(parameters=[*rest, *named])  # type: ignore[attr-defined]
+    model.forward = forward
+    try:
+        yield
+    finally:
+        if had_own:
+            model.forward = original
+        else:
+            del model.forward
 
 
 def _first_lines(error: Exception, count: int = 8) -> str:
