@@ -18,8 +18,8 @@ from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from stn_fx.compiler.cells import expand_cells
-from stn_fx.compiler.functionalize import functionalize
-from stn_fx.compiler.stand_ins import stand_in
+from stn_fx.compiler.functionalize import NO_GRAD, functionalize
+from stn_fx.compiler.stand_ins import functions_stand_in, stand_in
 from stn_fx.errors import CaptureError, InputError
 
 aten = torch.ops.aten
@@ -182,8 +182,13 @@ def _inline_regions(module: torch.fx.GraphModule) -> Graph:
         operands = node.args[node.args.index(bodies[0]) + 1 :]
         holders = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
         inner_env = dict(zip(holders, torch.fx.node.map_arg(operands, lambda n: env[n]), strict=True))
+        without_grad = node.target.name() == "wrap_with_set_grad_enabled" and not node.args[0]
+        if without_grad:
+            for part in body.modules():
+                for inner in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
+                    inner.meta[NO_GRAD] = True
         outputs = copy(body, inner_env)
-        if node.target.name() == "wrap_with_set_grad_enabled" and not node.args[0]:
+        if without_grad:
             outputs = [_detached(graph, output) for output in outputs]
         return list(outputs)
 
@@ -275,7 +280,8 @@ def _markers(model: nn.Module) -> Iterator[None]:
             if forward is not None and "forward" not in vars(module):
                 module.__dict__["forward"] = forward
                 patched.append(module)
-        yield
+        with functions_stand_in():
+            yield
     finally:
         for module in patched:
             del module.__dict__["forward"]
