@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
+from stn_fx.compiler.casts import ambient_autocast, cast_explicitly
 from stn_fx.compiler.cells import expand_cells
 from stn_fx.compiler.functionalize import NO_GRAD, functionalize
 from stn_fx.compiler.stand_ins import functions_stand_in, stand_in
@@ -92,7 +93,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], bat
                 flags = tuple(module.training for module in model.modules())
             program = _export(model, args, kwargs, flat, batch_axes, training)
             constants.update({name: value for name, value in program.constants.items() if isinstance(value, Tensor)})
-            graphs[training] = _to_captured(program, training, flat, batch_axes)
+            graphs[training] = _to_captured(program, model, training, batch_axes)
     return CapturedModel(graphs[True], graphs[False], spec, batch_axes, flat, flags, constants, notes)
 
 
@@ -128,7 +129,7 @@ def _first_lines(error: Exception, count: int = 8) -> str:
 
 
 def _to_captured(
-    program: torch.export.ExportedProgram, training: bool, flat: list[Any], batch_axes: list[int | None]
+    program: torch.export.ExportedProgram, model: nn.Module, training: bool, batch_axes: list[int | None]
 ) -> CapturedGraph:
     signature = program.graph_signature
     state = {
@@ -139,6 +140,8 @@ def _to_captured(
     graph = _inline_regions(program.graph_module)
     _drop_assertions(graph)
     expand_cells(graph)
+    if ambient_autocast(model) is not None or "wrap_with_autocast" in {_operator(node) for node in _all_nodes(program)}:
+        cast_explicitly(graph, model)
     inputs = [node.name for node in graph.nodes if node.op == "placeholder" and node.name not in state]
     graph, updates = functionalize(graph, dict(signature.inputs_to_buffers))
     kept = set(updates.values())
@@ -206,6 +209,15 @@ def _detached(graph: Graph, node: Any) -> Any:
     detached = graph.call_function(aten.detach.default, (node,))
     detached.meta = dict(node.meta)
     return detached
+
+
+def _all_nodes(program: torch.export.ExportedProgram) -> Iterator[Node]:
+    for module in program.graph_module.modules():
+        yield from module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ()
+
+
+def _operator(node: Node) -> str:
+    return node.target.name() if isinstance(node.target, torch._ops.HigherOrderOperator) else ""
 
 
 def _drop_assertions(graph: Graph) -> None:

@@ -63,6 +63,9 @@ class GraphEmitter:
         self.sites: dict[str, SitePlan] = {site.node: site for site in plan.sites} if self.captured.training else {}
         self.effective = plan.effective.get("training" if self.captured.training else "evaluation", {})
         self.origin: Node | None = None
+        values = [node.meta.get("val") for node in self.captured.graph.nodes]
+        dtypes = {value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()}
+        self.mixed_precision = len(dtypes) > 1
 
     # ---- the walk
 
@@ -75,6 +78,8 @@ class GraphEmitter:
             self.origin = node
             if node.op == "call_function":
                 self._emit(node)
+                if self.mixed_precision and node in self.flow.carries_batch:
+                    self._keep_dtype(node)
             elif node.op == "output":
                 self._output(node)
         return self.graph
@@ -95,6 +100,15 @@ class GraphEmitter:
             self.values[node] = rule.respond(self, node) if rule is not None else self.copy(node)
         else:
             self._emit_linearized(node, rule)
+
+    def _keep_dtype(self, node: Node) -> None:
+        """Response parameters are in full precision; what they enter stays in the dtype that the model computes in."""
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return
+        for table in (self.values, self.tangents) if self.kind == "linearized" else (self.values,):
+            if isinstance(table.get(node), Node):
+                table[node] = self.call(aten.to.dtype, table[node], value.dtype)
 
     def _emit_linearized(self, node: Node, rule: Rule | None) -> None:
         if rule is not None:
