@@ -15,6 +15,7 @@ from stn_fx.errors import BatchLayoutError, UnknownHyperparameterError
 from stn_fx.hparams import ResolvedHyperparameter, Selection, SiteContext, resolve
 from stn_fx.rules import Registry
 from stn_fx.rules.layout import BatchLayout
+from stn_fx.rules.opaque import OpaqueLeaf
 from stn_fx.rules.structure import LowRank
 
 EXACT_LIMIT = 2**16
@@ -32,11 +33,18 @@ class AnalysedGraph:
 
 
 def plan_parameters(
-    model: nn.Module, graphs: Iterable[AnalysedGraph], registry: Registry, response: LowRank | None
+    model: nn.Module,
+    graphs: Iterable[AnalysedGraph],
+    registry: Registry,
+    response: LowRank | None,
+    opaque: Iterable[OpaqueLeaf] = (),
 ) -> tuple[list[ParameterPlan], dict[str, dict[str, str]]]:
     """Plan of every parameter and effective weight, and where the effective weights stand in each graph."""
     graphs = list(graphs)
-    plans = [_plan_parameter(name, p, graphs, registry, response) for name, p in model.named_parameters()]
+    inside = {id(p): leaf.name for leaf in opaque for p in leaf.module.parameters()}
+    plans = [
+        _plan_parameter(name, p, graphs, registry, response, inside.get(id(p))) for name, p in model.named_parameters()
+    ]
     effective, where = _plan_effective(graphs, registry, response)
     through = _through(graphs, where)
     plans = [_covered(plan, through.get(plan.name, ())) for plan in plans]
@@ -44,7 +52,12 @@ def plan_parameters(
 
 
 def _plan_parameter(
-    name: str, parameter: Tensor, graphs: list[AnalysedGraph], registry: Registry, response: LowRank | None
+    name: str,
+    parameter: Tensor,
+    graphs: list[AnalysedGraph],
+    registry: Registry,
+    response: LowRank | None,
+    opaque: str | None,
 ) -> ParameterPlan:
     shape = tuple(parameter.shape)
     weights = [use for graph in graphs for use in graph.uses.weights.get(name, [])]
@@ -54,6 +67,8 @@ def _plan_parameter(
         return ParameterPlan(name, shape, "frozen", uses=count, reason="requires_grad is False, so it does not respond")
     if not parameter.is_floating_point():
         return ParameterPlan(name, shape, "none", uses=count, reason=f"its dtype is {parameter.dtype}")
+    if opaque is not None:
+        return ParameterPlan(name, shape, "none", uses=count, reason=f"{opaque} cannot be captured and runs as itself")
     reasons = [reason for _, reason in general if reason]
     if reasons:
         return ParameterPlan(name, shape, "none", uses=count, reason=reasons[0])

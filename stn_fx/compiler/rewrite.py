@@ -17,6 +17,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from stn_fx.compiler.compose import compose, map_row_axis, passes_structure
+from stn_fx.compiler.forward_mode import lacks_forward_mode
 from stn_fx.compiler.functionalize import module_path
 from stn_fx.compiler.layouts import unit_size
 from stn_fx.compiler.plan import ParameterPlan, Plan, SitePlan
@@ -138,7 +139,8 @@ class GraphEmitter:
             return None
         arguments, options = self._call_arguments(node)
         outputs = node.meta.get("val")
-        result = self.call(operator_tangent, node.target, arguments, options, tangents)
+        forward_mode = {"forward_mode": False} if lacks_forward_mode(node, self.registry) else {}
+        result = self.call(operator_tangent, node.target, arguments, options, tangents, **forward_mode)
         if not isinstance(outputs, (tuple, list)):
             return result
         floating = [i for i, v in enumerate(outputs) if isinstance(v, Tensor) and v.is_floating_point()]
@@ -377,7 +379,9 @@ def hyperparameter_column(values_BH: Tensor, index: int) -> Tensor:
     return values_BH[:, index]
 
 
-def operator_tangent(target: Any, arguments: list[Any], options: dict[str, Any], tangents: list[Any]) -> Any:
+def operator_tangent(
+    target: Any, arguments: list[Any], options: dict[str, Any], tangents: list[Any], forward_mode: bool = True
+) -> Any:
     """Tangent of any operator; ``tangents`` has one entry (or None) for each tensor in the arguments."""
     leaves, spec = pytree.tree_flatten((arguments, options))
     where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -390,7 +394,8 @@ def operator_tangent(target: Any, arguments: list[Any], options: dict[str, Any],
         positional, keywords = pytree.tree_unflatten(filled, spec)
         return target(*positional, **keywords)
 
-    return linearize(on_tensors, tuple(leaves[i] for i, _ in floating), tuple(t for _, t in floating))
+    primals, directions = tuple(leaves[i] for i, _ in floating), tuple(t for _, t in floating)
+    return linearize(on_tensors, primals, directions, forward_mode)
 
 
 def _identifier(name: str) -> str:

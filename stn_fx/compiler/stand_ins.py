@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stn_fx.errors import CaptureError
 from stn_fx.rules.drop_path import marked_forward
 
 
@@ -44,7 +45,9 @@ def _cumulative_average(norm: nn.modules.batchnorm._BatchNorm) -> Callable[[Tens
 
 @contextlib.contextmanager
 def functions_stand_in() -> Iterator[None]:
-    """While this is open, sizes that ``len`` gives stay symbolic, and torch's transformers do not look into masks."""
+    """While this is open, sizes that ``len`` gives stay symbolic, torch's transformers do not look into masks, and an
+    ``autograd.Function`` of the user's is told from what a graph can hold.
+    """
     transformer, length = torch.nn.modules.transformer, builtins.len
     detect = transformer._detect_is_causal_mask
 
@@ -56,8 +59,18 @@ def functions_stand_in() -> Iterator[None]:
         """Whether the caller says that the mask is causal: a hint for a faster kernel, the mask itself is used."""
         return bool(is_causal)
 
+    apply = torch.autograd.Function.__dict__["apply"]
+
+    def refused(cls: type, *args: Any, **kwargs: Any) -> Any:
+        """A captured graph would hold the Function's forward only, and differentiate that."""
+        if cls.__module__.partition(".")[0] in ("torch", "stn_fx"):
+            return apply.__get__(None, cls)(*args, **kwargs)
+        raise CaptureError(f"{cls.__name__} is a torch.autograd.Function, and a graph would lose its backward")
+
     builtins.len, transformer._detect_is_causal_mask = symbolic_length, declared
+    torch.autograd.Function.apply = classmethod(refused)  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
         builtins.len, transformer._detect_is_causal_mask = length, detect
+        torch.autograd.Function.apply = apply  # type: ignore[method-assign]

@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from stn_fx.compiler.capture import CapturedGraph
 from stn_fx.compiler.compose import map_row_axis, passes_structure
+from stn_fx.compiler.forward_mode import lacks_forward_mode
 from stn_fx.compiler.functionalize import module_path
 from stn_fx.compiler.layouts import symbolic_axes
 from stn_fx.rules import Registry
@@ -108,12 +109,13 @@ def _classify(
     registry: Registry,
 ) -> None:
     reason = _undecided(consumer, flow, layouts)
+    barred = _barred([consumer, argument], flow, registry)
     position = consumer.args.index(argument) if argument in consumer.args else -1
     rule = registry.find(consumer)
     rank = argument.meta["val"].ndim
     axes = rule.weight_axes(consumer, position, rank) if rule is not None and position >= 0 else ()
     if not axes or reason:
-        _general(uses, flow, argument, consumer, reason)
+        _general(uses, flow, argument, consumer, reason or barred)
         return
     use = WeightUse(consumer, position, argument)
     node: Any = argument
@@ -138,6 +140,18 @@ def _undecided(consumer: Node, flow: ParameterFlow, layouts: dict[Node, BatchLay
             return f"{consumer.target} at {module_path(consumer) or 'the model'} has several outputs"
         if isinstance(value, Tensor) and node not in layouts and (node is consumer or value.ndim > 0):
             return f"the place of the batch in {node.name} at {module_path(consumer) or 'the model'} is undecided"
+    return ""
+
+
+def _barred(nodes: list[Node], flow: ParameterFlow, registry: Registry) -> str:
+    """Why a parameter cannot differ per example on its way through ``nodes`` and what they come from; "" if it can."""
+    seen: set[Node] = set()
+    while nodes:
+        node = nodes.pop()
+        if lacks_forward_mode(node, registry):
+            return f"{node.target} at {module_path(node) or 'the model'} has neither a rule nor a forward mode"
+        seen.add(node)
+        nodes += [n for n in node.all_input_nodes if flow.parameter_only(n) and n not in seen]
     return ""
 
 
