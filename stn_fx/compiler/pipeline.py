@@ -79,10 +79,11 @@ def compile_model(
     if not any(each.conditioned for each in parameters):
         reasons = "; ".join(dict.fromkeys(f"{each.name}: {each.reason}" for each in parameters[:8]))
         raise CaptureError(f"No parameter of {type(model).__name__} can respond to hyperparameters. {reasons}")
-    sites, hyperparameters = plan_sites(
+    sites, hyperparameters, chosen = plan_sites(
         find_sites(captured.training, model, registry), selections, analysed["training"].layouts, _image_size(captured)
     )
-    notes = (*captured.notes, *([note] if note else []), *_fallback_notes(captured, analysed.values(), registry))
+    fallbacks = _fallback_notes(captured, analysed.values(), registry)
+    notes = (*captured.notes, *([note] if note else []), *chosen, *fallbacks)
     plan = Plan(tuple(parameters), tuple(sites), tuple(hyperparameters), effective, notes)
     return CompiledModel(
         plan,

@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from stn_fx.compiler.capture import CapturedGraph
 from stn_fx.compiler.plan import ParameterPlan, SitePlan
+from stn_fx.compiler.precedence import acting_selections, precedence_notes
 from stn_fx.compiler.sites import FoundSite
 from stn_fx.compiler.uses import GraphUses, ParameterFlow, WeightUse, effective_name, row_axes
 from stn_fx.errors import BatchLayoutError, UnknownHyperparameterError
@@ -173,10 +174,11 @@ def _covered(plan: ParameterPlan, through: tuple[str, ...]) -> ParameterPlan:
 
 def plan_sites(
     found: list[FoundSite], selections: list[Selection], layouts: dict[Node, BatchLayout], image_size: Any
-) -> tuple[list[SitePlan], list[ResolvedHyperparameter]]:
-    """Which hyperparameter acts at which site.
+) -> tuple[list[SitePlan], list[ResolvedHyperparameter], list[str]]:
+    """Which hyperparameter acts at which site, and notes for the report.
 
     Raises:
+        InputError: several selections choose one site, and none is more specific.
         UnknownHyperparameterError: a selection that matches nothing, all of them together.
         BatchLayoutError: a selected site whose batch layout is undecided.
     """
@@ -184,8 +186,9 @@ def plan_sites(
     acting: dict[str, tuple[tuple[str, str], ...]] = {}
     undecided: list[str] = []
     missed: list[str] = []
+    winners = acting_selections(found, selections)
     for selection in selections:
-        sites = [site for site in found if _selected(site, selection)]
+        sites = [site for site, winner in winners.items() if winner is selection]
         if not sites and selection.entry.kind != "loss":
             if selection.required:
                 missed.append(_missed(selection, found))
@@ -196,8 +199,6 @@ def plan_sites(
             continue
         active = max((site.own_rate for site in sites), default=0.0)
         for site in sites:
-            if site.name in acting and site.entry == selection.entry.name and _taken(site, acting):
-                continue
             if site.node not in layouts:
                 undecided.append(f"{selection.entry.name} at {site.name}")
                 continue
@@ -220,19 +221,11 @@ def plan_sites(
         )
         for site in found
     ]  # fmt: skip
-    return plans, list(hyperparameters.values())
+    return plans, list(hyperparameters.values()), list(precedence_notes(winners, selections))
 
 
 def _key(site: FoundSite) -> str:
     return f"{site.entry}:{site.node.name}"
-
-
-def _taken(site: FoundSite, acting: dict[str, Any]) -> bool:
-    return _key(site) in acting
-
-
-def _selected(site: FoundSite, selection: Selection) -> bool:
-    return site.entry == selection.entry.name and selection.matches(site.name)
 
 
 def _missed(selection: Selection, found: list[FoundSite]) -> str:
