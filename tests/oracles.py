@@ -47,6 +47,8 @@ class Subject:
     """Response parameters whose gradient is zero for a reason (a key bias under softmax); patterns."""
     plain: Callable[[nn.Module], nn.Module] | None = None
     """The same function with computed weights as plain parameters; None = `as_plain_layers`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """More arguments of `stn_fx.transform`."""
     model: nn.Module = field(init=False)
     twin: nn.Module = field(init=False)
     stn: Any = field(init=False)
@@ -56,7 +58,7 @@ class Subject:
         torch.manual_seed(0)
         self.model = randomised(self.build())
         self.modes = [module.training for module in self.model.modules()]
-        options = {"batch_axis": self.batch_axis} if self.name_axis else {}
+        options = {**self.options, **({"batch_axis": self.batch_axis} if self.name_axis else {})}
         if self.shared:
             example = self.inputs(self.captured_batch)
             options["batch_axis"] = [None if name in self.shared else self.batch_axis for name in example]
@@ -182,9 +184,7 @@ def assert_base_gradients(subject: Subject, batch: int) -> None:
 def _gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-    return {
-        name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(trained.items(), found, strict=True)
-    }
+    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(trained.items(), found, strict=True)}
 
 
 def assert_response_pass(subject: Subject, batch: int) -> None:
@@ -325,8 +325,7 @@ EVERY_ORACLE = (assert_unchanged, assert_response_pass, assert_linearized_pass, 
 def _places(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Every place of every parameter by one name; `functional_call` damages a module that it is given by two."""
     for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(path, recurse=False, remove_duplicate=False):
-            yield name, parameter
+        yield from module.named_parameters(path, recurse=False, remove_duplicate=False)
 
 
 def leaves(output: Any) -> list[Tensor]:

@@ -230,7 +230,9 @@ def frozen(module: nn.Module) -> nn.Module:
 def frozen_backbone() -> nn.Module:
     """Partly frozen fine-tuning: frozen first layers with batch norms in evaluation mode, a trained rest."""
     backbone = frozen(nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU())).eval()
-    return nn.Sequential(backbone, nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Dropout(0.2), nn.Linear(4, 3))
+    return nn.Sequential(
+        backbone, nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Dropout(0.2), nn.Linear(4, 3)
+    )
 
 
 own("partly frozen fine-tuning", frozen_backbone, noise(2, 5, 5))
@@ -251,7 +253,13 @@ own("backbone under no_grad", backbone_without_grad, noise(5), tangents=False)
 def held_in_evaluation() -> nn.Module:
     """Trained layers; norms and one dropout held in evaluation mode inside a training model."""
     model = nn.Sequential(
-        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.2), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(36, 3)
+        nn.Conv2d(2, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.Dropout(0.2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(0.3),
+        nn.Linear(36, 3),
     )
     model[1].eval()
     model[2].eval()

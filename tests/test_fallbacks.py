@@ -1,4 +1,4 @@
-"""What cannot go the usual way: opaque leaves, operators without a forward mode, undecided layouts; each is reported."""
+"""What cannot go the usual way: opaque leaves and operators without a forward mode; each is in the report."""
 
 import copy
 import pickle
@@ -14,6 +14,7 @@ from oracles import (
     assert_gradients,
     assert_response_pass,
     assert_sites,
+    assert_training_graph,
     assert_unchanged,
     leaves,
     rates_off,
@@ -143,7 +144,9 @@ def test_its_parameters_are_trained_by_the_base_pass_alone() -> None:
 
 
 def test_its_statistics_and_the_modes_are_left_alone() -> None:
-    stn = Subject(around(NormGate), noise(5), SITES).stn.train()
+    subject = Subject(around(NormGate), noise(5), SITES)
+    assert_training_graph(subject, 5)
+    stn = subject.stn.train()
     (x,) = noise(5)(4)
     before = {name: buffer.clone() for name, buffer in stn.model.named_buffers()}
     stn.linearize(x)
@@ -215,9 +218,6 @@ def test_a_backward_that_is_no_derivative_is_refused() -> None:
 
 
 def test_a_branch_in_the_model_itself_is_an_error_that_names_the_line() -> None:
-    def forward(m: nn.Module, x: Tensor) -> Tensor:
-        return m.f(x) if x.sum() > 0 else -m.f(x)
-
     class Branching(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -150,8 +150,8 @@ def _export(
         where = f" At {place.module or 'the model itself'}, {place.line}" if place is not None else ""
         raise CaptureError(
             f"{type(model).__name__} could not be captured in {mode} mode with a dynamic batch.{where}\n"
-            f"Reason: {_first_lines(error)}\nRemedy: make the forward independent of the data's values and of the batch size "
-            f"(torch.export says where), name the batch axis with batch_axis=, or pass inputs of the usual shape."
+            f"Reason: {_first_lines(error)}\nRemedy: make the forward independent of the data's values and of the "
+            f"batch size, name the batch axis with batch_axis=, or pass inputs of the usual shape."
         ) from error
 
 

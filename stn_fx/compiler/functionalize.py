@@ -137,7 +137,7 @@ def written_argument(node: Node) -> Node | None:
         return None
     arguments = node.target._schema.arguments
     if arguments and arguments[-1].is_out:
-        return node.kwargs[arguments[-1].name]
+        return node.kwargs[arguments[-1].name]  # type: ignore[return-value]
     writes = bool(arguments) and arguments[0].alias_info is not None and arguments[0].alias_info.is_write
     return node.args[0] if writes and isinstance(node.args[0], Node) else None
 

@@ -88,9 +88,7 @@ def _calls(model: nn.Module, module: nn.Module, flat: list[Any], spec: pytree.Tr
 
 def _one_more(flat: list[Any], batch_axes: list[int | None]) -> list[Any]:
     """The inputs with their first example once more at the end."""
-    return [
-        v if a is None else torch.cat([v, v.narrow(a, 0, 1)], a) for v, a in zip(flat, batch_axes, strict=True)
-    ]
+    return [v if a is None else torch.cat([v, v.narrow(a, 0, 1)], a) for v, a in zip(flat, batch_axes, strict=True)]
 
 
 def _sizes(first: list[Any], second: list[Any], batch: int) -> list[list[tuple[int, int]]] | None:
@@ -132,7 +130,9 @@ def _prove_tangent(leaf: OpaqueLeaf, inputs: list[Tensor]) -> None:
     size = max(sum(_norm(c) * _norm(d) for c, d in zip(cotangents, differences, strict=True)), 1e-6)
     tolerance = _TOLERANCE.get(primals[0].dtype, 0.1) * size
     try:
-        leaf.forward_mode = abs(_inner(cotangents, _tuple(linearize(function, primals, directions))) - expected) < tolerance
+        leaf.forward_mode = (
+            abs(_inner(cotangents, _tuple(linearize(function, primals, directions))) - expected) < tolerance
+        )
     except (RuntimeError, NotImplementedError):
         leaf.forward_mode = False
     live = tuple(p.clone().requires_grad_() for p in primals)

@@ -97,15 +97,13 @@ def compile_model(
     )
 
 
-def _fallback_notes(
-    captured: CapturedModel, graphs: Iterable[AnalysedGraph], registry: Registry
-) -> Iterator[str]:
+def _fallback_notes(captured: CapturedModel, graphs: Iterable[AnalysedGraph], registry: Registry) -> Iterator[str]:
     """What did not go the usual way, for the report."""
     for leaf in captured.opaque:
         by = "" if leaf.forward_mode else ", tangents pass through it by central differences"
         yield (
-            f"{leaf.name} runs as itself, since it cannot be captured ({leaf.reason}): its parameters are trained but do "
-            f"not respond, its dropouts keep their rates{by}"
+            f"{leaf.name} runs as itself, since it cannot be captured ({leaf.reason}): its parameters are trained but "
+            f"do not respond, its dropouts keep their rates{by}"
         )
     lacking = {
         f"{node.target} at {module_path(node) or 'the model'}"

@@ -109,7 +109,7 @@ def _classify(
     registry: Registry,
 ) -> None:
     reason = _undecided(consumer, flow, layouts)
-    barred = _barred([consumer, argument], flow, registry)
+    barred = _barred(consumer, argument, flow, registry)
     position = consumer.args.index(argument) if argument in consumer.args else -1
     rule = registry.find(consumer)
     rank = argument.meta["val"].ndim
@@ -143,15 +143,16 @@ def _undecided(consumer: Node, flow: ParameterFlow, layouts: dict[Node, BatchLay
     return ""
 
 
-def _barred(nodes: list[Node], flow: ParameterFlow, registry: Registry) -> str:
-    """Why a parameter cannot differ per example on its way through ``nodes`` and what they come from; "" if it can."""
-    seen: set[Node] = set()
-    while nodes:
-        node = nodes.pop()
+def _barred(consumer: Node, argument: Node, flow: ParameterFlow, registry: Registry) -> str:
+    """Why a parameter cannot differ per example on its way to ``argument`` and into ``consumer``; "" if it can."""
+    frontier, seen = [argument], {argument}
+    for node in frontier:
+        above = [n for n in node.all_input_nodes if flow.parameter_only(n) and n not in seen]
+        frontier += above
+        seen.update(above)
+    for node in (consumer, *frontier):
         if lacks_forward_mode(node, registry):
             return f"{node.target} at {module_path(node) or 'the model'} has neither a rule nor a forward mode"
-        seen.add(node)
-        nodes += [n for n in node.all_input_nodes if flow.parameter_only(n) and n not in seen]
     return ""
 
 
