@@ -929,6 +929,22 @@ def partly_without_grad(m: nn.Module, x: Tensor) -> Tensor:
 case("no_grad region", lambda: Fn(partly_without_grad, f=nn.Linear(5, 4)), noise(5))
 
 
+class Branch(nn.Module):
+    """Looks at values, so that it cannot be captured; nothing in it could respond."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.tanh() if x.sum() > -1e9 else x
+
+
+case(
+    "opaque leaf",
+    seq(nn.Linear(5, 4), Branch(), nn.Dropout(0.2), nn.Linear(4, 3)),
+    noise(5),
+    "OpaqueRule",
+    hparams=SITES,
+)
+
+
 @dataclass
 class Pair:
     """A dataclass that forward takes or returns."""

@@ -17,6 +17,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from stn_fx.compiler.compose import compose, linear_operand, map_row_axis
+from stn_fx.compiler.forward_mode import lacks_forward_mode
 from stn_fx.compiler.functionalize import module_path
 from stn_fx.compiler.layouts import unit_size
 from stn_fx.compiler.plan import ParameterPlan, Plan, SitePlan
@@ -63,6 +64,9 @@ class GraphEmitter:
         self.sites: dict[str, SitePlan] = {site.node: site for site in plan.sites} if self.captured.training else {}
         self.effective = plan.effective.get("training" if self.captured.training else "evaluation", {})
         self.origin: Node | None = None
+        values = [node.meta.get("val") for node in self.captured.graph.nodes]
+        dtypes = {value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()}
+        self.mixed_precision = len(dtypes) > 1
 
     # ---- the walk
 
@@ -75,6 +79,8 @@ class GraphEmitter:
             self.origin = node
             if node.op == "call_function":
                 self._emit(node)
+                if self.mixed_precision and node in self.flow.carries_batch:
+                    self._keep_dtype(node)
             elif node.op == "output":
                 self._output(node)
         return self.graph
@@ -95,6 +101,15 @@ class GraphEmitter:
             self.values[node] = rule.respond(self, node) if rule is not None else self.copy(node)
         else:
             self._emit_linearized(node, rule)
+
+    def _keep_dtype(self, node: Node) -> None:
+        """Response parameters are in full precision; what they enter stays in the dtype that the model computes in."""
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return
+        for table in (self.values, self.tangents) if self.kind == "linearized" else (self.values,):
+            if isinstance(table.get(node), Node):
+                table[node] = self.call(aten.to.dtype, table[node], value.dtype)
 
     def _emit_linearized(self, node: Node, rule: Rule | None) -> None:
         if rule is not None:
@@ -124,7 +139,8 @@ class GraphEmitter:
             return None
         arguments, options = self._call_arguments(node)
         outputs = node.meta.get("val")
-        result = self.call(operator_tangent, node.target, arguments, options, tangents)
+        forward_mode = {"forward_mode": False} if lacks_forward_mode(node, self.registry) else {}
+        result = self.call(operator_tangent, node.target, arguments, options, tangents, **forward_mode)
         if not isinstance(outputs, (tuple, list)):
             return result
         floating = [i for i, v in enumerate(outputs) if isinstance(v, Tensor) and v.is_floating_point()]
@@ -364,7 +380,9 @@ def hyperparameter_column(values_BH: Tensor, index: int) -> Tensor:
     return values_BH[:, index]
 
 
-def operator_tangent(target: Any, arguments: list[Any], options: dict[str, Any], tangents: list[Any]) -> Any:
+def operator_tangent(
+    target: Any, arguments: list[Any], options: dict[str, Any], tangents: list[Any], forward_mode: bool = True
+) -> Any:
     """Tangent of any operator; ``tangents`` has one entry (or None) for each tensor in the arguments."""
     leaves, spec = pytree.tree_flatten((arguments, options))
     where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -377,7 +395,8 @@ def operator_tangent(target: Any, arguments: list[Any], options: dict[str, Any],
         positional, keywords = pytree.tree_unflatten(filled, spec)
         return target(*positional, **keywords)
 
-    return linearize(on_tensors, tuple(leaves[i] for i, _ in floating), tuple(t for _, t in floating))
+    primals, directions = tuple(leaves[i] for i, _ in floating), tuple(t for _, t in floating)
+    return linearize(on_tensors, primals, directions, forward_mode)
 
 
 def _identifier(name: str) -> str:

@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from stn_fx.compiler.capture import CapturedGraph
 from stn_fx.compiler.compose import linear_operand, map_row_axis
+from stn_fx.compiler.forward_mode import lacks_forward_mode
 from stn_fx.compiler.functionalize import module_path
 from stn_fx.compiler.layouts import symbolic_axes
 from stn_fx.rules import Registry
@@ -112,12 +113,13 @@ def _classify(
     registry: Registry,
 ) -> None:
     reason = _undecided(consumer, flow, layouts)
+    barred = _barred(consumer, argument, flow, registry)
     position = consumer.args.index(argument) if argument in consumer.args else -1
     rule = registry.find(consumer)
     rank = argument.meta["val"].ndim
     axes = rule.weight_axes(consumer, position, rank) if rule is not None and position >= 0 else ()
     if not axes or reason:
-        _general(uses, flow, argument, consumer, reason)
+        _general(uses, flow, argument, consumer, reason or barred)
         return
     use = WeightUse(consumer, position, argument)
     node: Any = argument
@@ -143,6 +145,19 @@ def _undecided(consumer: Node, flow: ParameterFlow, layouts: dict[Node, BatchLay
             return f"{consumer.target} at {module_path(consumer) or 'the model'} has several outputs"
         if isinstance(value, Tensor) and node not in layouts and (node is consumer or value.ndim > 0):
             return f"the place of the batch in {node.name} at {module_path(consumer) or 'the model'} is undecided"
+    return ""
+
+
+def _barred(consumer: Node, argument: Node, flow: ParameterFlow, registry: Registry) -> str:
+    """Why a parameter cannot differ per example on its way to ``argument`` and into ``consumer``; "" if it can."""
+    frontier, seen = [argument], {argument}
+    for node in frontier:
+        above = [n for n in node.all_input_nodes if flow.parameter_only(n) and n not in seen]
+        frontier += above
+        seen.update(above)
+    for node in (consumer, *frontier):
+        if lacks_forward_mode(node, registry):
+            return f"{node.target} at {module_path(node) or 'the model'} has neither a rule nor a forward mode"
     return ""
 
 
