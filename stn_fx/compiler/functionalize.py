@@ -51,7 +51,9 @@ class _Functionalizer:
             if node.op == "output":
                 self.graph.output(map_arg(node.args[0], self.current))
             elif mutates_first_argument(node):
-                self.mutate(node)
+                self.mutate(node, node.args[0], *_functional_form(node))
+            elif isinstance(node.kwargs.get("out"), Node):
+                self.mutate(node, node.kwargs["out"], *_without_out(node))
             else:
                 self.env[node] = self.graph.node_copy(node, self.current)
                 self.note_alias(node)
@@ -76,15 +78,12 @@ class _Functionalizer:
             self.env[node], self.built[node] = rebuilt, version
         return self.env[node]
 
-    def mutate(self, node: Node) -> None:
-        target, own_arguments = _functional_form(node)
-        arguments = node.args if own_arguments is None else own_arguments
-        options = dict(node.kwargs) if own_arguments is None else {}
+    def mutate(self, node: Node, view: Node, target: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Compute functionally what ``node`` writes into ``view``, and write it back into all that it is a view of."""
         new = self.graph.call_function(target, map_arg(arguments, self.current), map_arg(options, self.current))
         new.meta = dict(node.meta)
-        root = self.root(node.args[0])
+        root = self.root(view)
         version = self.version[root] = self.version.get(root, 0) + 1
-        view: Any = node.args[0]
         alias = view
         value = new
         while True:
@@ -133,15 +132,30 @@ def mutates_first_argument(node: Node) -> bool:
     return writes and isinstance(node.args[0], Node)
 
 
-def _functional_form(node: Node) -> tuple[Any, tuple[Any, ...] | None]:
-    """Functional operator, and its arguments where they differ from those of the in-place one."""
+def _functional_form(node: Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Functional operator of an in-place one, with its arguments."""
     if node.target in _RENAMED:
-        return _RENAMED[node.target](*node.args, **node.kwargs)
+        return (*_RENAMED[node.target](*node.args, **node.kwargs), {})
     name, overload = node.target._opname, node.target._overloadname
     packet = getattr(aten, name.rstrip("_"), None) if name.endswith("_") else None
     if packet is not None and overload in packet.overloads():
-        return getattr(packet, overload), None
-    raise CaptureError(
+        return getattr(packet, overload), node.args, dict(node.kwargs)
+    raise _no_counterpart(node)
+
+
+def _without_out(node: Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The overload that returns what this one writes into ``out=``, with its arguments."""
+    expected = [(a.name, str(a.type)) for a in node.target._schema.arguments if not a.is_out]
+    packet = node.target.overloadpacket
+    for name in packet.overloads():
+        candidate = getattr(packet, name)
+        if [(a.name, str(a.type)) for a in candidate._schema.arguments] == expected:
+            return candidate, node.args, {name: value for name, value in node.kwargs.items() if name != "out"}
+    raise _no_counterpart(node)
+
+
+def _no_counterpart(node: Node) -> CaptureError:
+    return CaptureError(
         f"{where(node)}: {node.target} changes a tensor in place and has no functional counterpart. Write it out of "
         f"place, or add a rule for the module."
     )
