@@ -15,8 +15,10 @@ import argparse
 import csv
 import fnmatch
 import multiprocessing
+import os
 import resource
 import statistics
+import sys
 import time
 import warnings
 from collections import Counter
@@ -62,7 +64,11 @@ def run_one(entry: Entry, full_depth: bool, seconds: float, gigabytes: float) ->
 
 
 def _child(entry: Entry, full_depth: bool, gigabytes: float, sender: Connection) -> None:
+    torch.set_num_threads(1)  # also renews the thread pool, which a fork leaves broken
     resource.setrlimit(resource.RLIMIT_AS, (int(gigabytes * 2**30),) * 2)
+    with Path(os.devnull).open("w") as nowhere:  # torch and the profiler write pages about what they could not trace
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere.fileno(), stream.fileno())
     measure(entry, full_depth, sender.send)
 
 

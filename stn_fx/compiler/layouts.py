@@ -37,7 +37,8 @@ def analyse_layouts(captured: CapturedGraph, model: CapturedModel, state: dict[s
         value = node.meta.get("val")
         if not isinstance(value, Tensor):
             continue
-        layout = _decide(symbolic_axes(value, captured.batch_symbol), rows.get(node))
+        axes = symbolic_axes(value, captured.batch_symbol)
+        layout = _decide(axes, rows.get(node)) or _of_repeated(node, axes)
         if layout is not None:
             layouts[node] = layout
     return layouts
@@ -74,6 +75,17 @@ def _decide(axes: dict[int, int | None], rows: dict[int, set[int]] | None) -> Ba
             if rows.get(axis) and rows[axis] <= expected and _covers(rows[axis], expected, outer, inner):
                 fitting.append(BatchLayout(axis, outer, inner))
     return fitting[0] if len(fitting) == 1 else None
+
+
+def _of_repeated(node: Node, axes: dict[int, int | None]) -> BatchLayout | None:
+    """``repeat(B, ...)`` of a value that is the same for all examples: the copies are in front, batch-major."""
+    if node.target is not aten.repeat.default or len(axes) != 1:
+        return None
+    ((axis, count),) = axes.items()
+    times = node.args[1][axis]
+    if not isinstance(times, Node) or count is None or isinstance(node.args[0].meta["val"].numel(), torch.SymInt):
+        return None
+    return BatchLayout(axis, 1, count)
 
 
 def _covers(rows: set[int], expected: set[int], outer: int, inner: int) -> bool:

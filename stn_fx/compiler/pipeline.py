@@ -75,7 +75,7 @@ def compile_model(
     }
     parameters, effective = plan_parameters(model, analysed.values(), registry, response)
     sites, hyperparameters = plan_sites(
-        find_sites(captured.training, model, registry), selections, analysed["training"].layouts, _image_size(captured)
+        find_sites(captured.training, model, registry), selections, analysed["training"], _image_size(captured)
     )
     plan = Plan(
         tuple(parameters), tuple(sites), tuple(hyperparameters), effective, (*captured.notes, *([note] if note else []))

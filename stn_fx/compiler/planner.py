@@ -157,20 +157,23 @@ def _covered(plan: ParameterPlan, through: tuple[str, ...]) -> ParameterPlan:
 
 
 def plan_sites(
-    found: list[FoundSite], selections: list[Selection], layouts: dict[Node, BatchLayout], image_size: Any
+    found: list[FoundSite], selections: list[Selection], graph: AnalysedGraph, image_size: Any
 ) -> tuple[list[SitePlan], list[ResolvedHyperparameter]]:
-    """Which hyperparameter acts at which site.
+    """Which hyperparameter acts at which site of the training graph.
+
+    A value that depends on parameters only is the same for every example, and so are its dropouts.
 
     Raises:
         UnknownHyperparameterError: a selection that matches nothing, all of them together.
         BatchLayoutError: a selected site whose batch layout is undecided.
     """
+    layouts, shared = graph.layouts, {site.node for site in found if site.node not in graph.flow.carries_batch}
     hyperparameters: dict[str, ResolvedHyperparameter] = {}
     acting: dict[str, tuple[tuple[str, str], ...]] = {}
     undecided: list[str] = []
     missed: list[str] = []
     for selection in selections:
-        sites = [site for site in found if _selected(site, selection)]
+        sites = [site for site in found if _selected(site, selection) and site.node not in shared]
         if not sites and selection.entry.kind != "loss":
             if selection.required:
                 missed.append(_missed(selection, found))
@@ -201,11 +204,15 @@ def plan_sites(
     plans = [
         SitePlan(
             site.name, site.entry, site.node.name, site.own_rate, site.inserted, layouts.get(site.node),
-            acting.get(_key(site), ()), "" if _key(site) in acting else "no hyperparameter was asked for here",
+            acting.get(_key(site), ()), "" if _key(site) in acting else _SHARED if site.node in shared else _UNASKED,
         )
         for site in found
     ]  # fmt: skip
     return plans, list(hyperparameters.values())
+
+
+_UNASKED = "no hyperparameter was asked for here"
+_SHARED = "it depends on parameters only, so its value has no batch axis; it drops for all examples alike"
 
 
 def _key(site: FoundSite) -> str:

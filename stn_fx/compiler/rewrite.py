@@ -136,6 +136,13 @@ class GraphEmitter:
     # ---- values that depend on parameters only
 
     def _emit_without_batch(self, node: Node) -> None:
+        rule = self.registry.find(node)
+        own = rule.without_batch(self, node) if rule is not None else None
+        if own is not None:
+            self.values[node], stack = own
+            if stack is not None:
+                self.stacks[node] = stack
+            return
         self.values[node] = self.copy(node)
         sources = [n for n in node.all_input_nodes if self.stack(n) is not None]
         if not sources or node.target is aten.detach.default or not self.floating(node):
