@@ -17,6 +17,7 @@ import fnmatch
 import multiprocessing
 import os
 import resource
+import signal
 import statistics
 import sys
 import time
@@ -37,17 +38,19 @@ from zoo_models import LIBRARIES, Entry, entries
 import stn_fx
 
 Table = list[dict[str, str]]
+PATIENCE = 10
+"""Limit on the time of the clock, as a multiple of that on the processor's: other work may keep it busy."""
 _FORK = multiprocessing.get_context("fork")  # the libraries are imported once
 
 
 def run_one(entry: Entry, full_depth: bool, seconds: float, gigabytes: float) -> dict[str, Any]:
     """The row of one model, measured in a process of its own."""
     receiver, sender = _FORK.Pipe(duplex=False)
-    process = _FORK.Process(target=_child, args=(entry, full_depth, gigabytes, sender))
+    process = _FORK.Process(target=_child, args=(entry, full_depth, seconds, gigabytes, sender))
     process.start()
     sender.close()
     row: dict[str, Any] = asdict(Row(entry.library, entry.name))
-    end, ended = time.monotonic() + seconds, False
+    end, ended = time.monotonic() + PATIENCE * seconds, False
     while not ended and receiver.poll(max(0.0, end - time.monotonic())):
         try:
             row = receiver.recv()
@@ -56,15 +59,17 @@ def run_one(entry: Entry, full_depth: bool, seconds: float, gigabytes: float) ->
     if not ended:
         process.kill()
     process.join()
-    if not ended or process.exitcode:
-        why = f"the process ended with {process.exitcode}" if ended else f"not done after {seconds:.0f} s"
-        row["verdict"] = row["verdict"] or ("crash" if ended else "time")  # the oracles' verdict stands without a cost
+    late = not ended or process.exitcode == -signal.SIGXCPU
+    if late or process.exitcode:
+        why = f"not done after {seconds:.0f} s" if late else f"the process ended with {process.exitcode}"
+        row["verdict"] = row["verdict"] or ("time" if late else "crash")  # the oracles' verdict stands without a cost
         row["reason"] = "; ".join(filter(None, (row["reason"], why)))
     return row
 
 
-def _child(entry: Entry, full_depth: bool, gigabytes: float, sender: Connection) -> None:
+def _child(entry: Entry, full_depth: bool, seconds: float, gigabytes: float, sender: Connection) -> None:
     torch.set_num_threads(1)  # also renews the thread pool, which a fork leaves broken
+    resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds) + 5))
     resource.setrlimit(resource.RLIMIT_AS, (int(gigabytes * 2**30),) * 2)
     with Path(os.devnull).open("w") as nowhere:  # torch and the profiler write pages about what they could not trace
         for stream in (sys.stdout, sys.stderr):
@@ -129,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", nargs="+", choices=LIBRARIES, default=list(LIBRARIES), help="default: all")
     parser.add_argument("--models", nargs="+", default=["*"], help="names or patterns of the models (default: all)")
-    parser.add_argument("--limit-seconds", type=float, default=300, help="per model (default: 300)")
+    parser.add_argument("--limit-seconds", type=float, default=300, help="processor time per model (default: 300)")
     parser.add_argument("--limit-gigabytes", type=float, default=16, help="address space per model (default: 16)")
     parser.add_argument("--full-depth", action="store_true", help="keep all of identical blocks in a row")
     parser.add_argument("--out", type=Path, default=Path("zoo.csv"), help="rows are appended here (default: zoo.csv)")

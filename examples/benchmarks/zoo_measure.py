@@ -1,17 +1,21 @@
-"""What the zoo measures on one model: conversion, coverage, the oracles, and the cost of a training update."""
+"""What the zoo measures on one model: conversion, coverage, the oracles, and the cost of a training update.
+
+All times are of the processor on one thread, so that other work on the machine does not count.
+"""
 
 import math
 import statistics
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from step_cost import peak_bytes, sgd
-from torch import Tensor, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 from zoo_models import Entry, Prepared
 
@@ -25,7 +29,7 @@ from stn_fx.verify.subject import Inputs, cast, randomise_constants, randomise_r
 HPARAMS = ("dropout(shared), drop_path(shared), weight_decay", "dropout(shared), weight_decay", "weight_decay")
 """The first that has a place in the model: one rate for all dropouts, so that the cost does not depend on their number."""
 ENOUGH = 0.95
-REPETITIONS = 3
+REPETITIONS = 2
 
 
 @dataclass
@@ -74,10 +78,10 @@ def measure(entry: Entry, full_depth: bool, send: Callable[[dict[str, Any]], Non
     """Measure one model; ``send`` gets the row after every step, so that one that is cut short leaves what it has."""
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    row, start = Row(entry.library, entry.name), time.perf_counter()
+    row, start = Row(entry.library, entry.name), time.process_time()
 
     def report() -> None:
-        row.seconds = round(time.perf_counter() - start, 1)
+        row.seconds = round(time.process_time() - start, 1)
         send(asdict(row))
 
     try:
@@ -100,7 +104,6 @@ def _measure(prepared: Prepared, row: Row, report: Callable[[], None]) -> None:
         model, inputs = prepared.model.to(dtype).train(), cast(split_inputs(prepared.inputs), dtype)
         randomise_constants(model, torch.Generator().manual_seed(0))
         enlarge_small_weights(model)
-        row.export_seconds = _export_seconds(model, inputs)
         try:
             stn = _convert(model, inputs, row)
             break
@@ -109,8 +112,9 @@ def _measure(prepared: Prepared, row: Row, report: Callable[[], None]) -> None:
                 raise
     compiled = stn.compiled
     row.captured = "yes"
-    if row.export_seconds is not None and row.convert_seconds is not None:
-        row.convert_ratio = row.convert_seconds / row.export_seconds
+    assert row.convert_seconds is not None
+    assert row.export_seconds is not None
+    row.convert_ratio = row.convert_seconds / row.export_seconds
     row.nodes = sum(len(g.graph.nodes) for g in (compiled.captured.training, compiled.captured.evaluation))
     row.conditioned = stn.report.conditioned_share
     row.not_conditioned = _reasons(stn)
@@ -132,38 +136,38 @@ def enlarge_small_weights(model: nn.Module) -> None:
                 parameter.mul_(usual / deviation)
 
 
-def _export_seconds(model: nn.Module, inputs: Inputs) -> float | None:
-    """What torch.export alone takes for both modes; None where it fails without the preparations of the capture."""
-    args, kwargs = inputs
-    shapes = torch.export.ShapesCollection()
-    flat, spec = pytree.tree_flatten((args, kwargs))
-    flat = [value.clone() if isinstance(value, Tensor) else value for value in flat]
-    args, kwargs = pytree.tree_unflatten(flat, spec)
-    batch = torch.export.Dim("batch")
-    for value in flat:
-        if isinstance(value, Tensor) and value.ndim:
-            shapes[value] = {0: batch}
-    start = time.perf_counter()
+@contextmanager
+def _exports_timed() -> Iterator[list[float]]:
+    """Seconds of every ``torch.export.export`` that is called meanwhile."""
+    seconds: list[float] = []
+    export = torch.export.export
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = time.process_time()
+        try:
+            return export(*args, **kwargs)
+        finally:
+            seconds.append(time.process_time() - start)
+
+    torch.export.export = timed
     try:
-        for training in (True, False):
-            torch.export.export(model.train(training), args, kwargs, dynamic_shapes=shapes, strict=False)
-    except Exception:
-        return None
+        yield seconds
     finally:
-        model.train()
-    return time.perf_counter() - start
+        torch.export.export = export
 
 
 def _convert(model: nn.Module, inputs: Inputs, row: Row) -> stn_fx.SelfTuningModule:
     args, kwargs = inputs
     for hparams in HPARAMS:
-        start = time.perf_counter()
+        start = time.process_time()
         try:
-            return stn_fx.transform(model, hparams, kwargs or args, seed=0)
+            with _exports_timed() as exports:
+                return stn_fx.transform(model, hparams, kwargs or args, seed=0)
         except UnknownHyperparameterError:
             continue
         finally:
-            row.convert_seconds = time.perf_counter() - start
+            row.convert_seconds = time.process_time() - start
+            row.export_seconds = sum(exports[-2:])  # those of the batch axis that was found, in both modes
     raise AssertionError("weight decay fits every model")
 
 
@@ -225,8 +229,8 @@ def _update_cost(stn: stn_fx.SelfTuningModule, inputs: Inputs) -> tuple[float, f
     seconds: dict[Callable[[], None], list[float]] = {ordinary: [], both: []}
     for _ in range(REPETITIONS + 1):
         for update, taken in seconds.items():
-            start = time.perf_counter()
+            start = time.process_time()
             update()
-            taken.append(time.perf_counter() - start)
+            taken.append(time.process_time() - start)
     ratio = statistics.median(b / a for a, b in zip(*seconds.values(), strict=True))
     return ratio, peak_bytes(both) / peak_bytes(ordinary)

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from stn_fx.compiler.cells import expand_cells
 from stn_fx.compiler.functionalize import functionalize
-from stn_fx.compiler.stand_ins import stand_in
+from stn_fx.compiler.stand_ins import AllLayersRun, stand_in
 from stn_fx.errors import CaptureError, InputError
 
 aten = torch.ops.aten
@@ -90,7 +91,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], bat
             _set_mode(model, training)
             if training:
                 flags = tuple(module.training for module in model.modules())
-            program = _export(model, args, kwargs, flat, batch_axes, training)
+            program = _export(model, args, kwargs, flat, batch_axes, training, notes)
             constants.update({name: value for name, value in program.constants.items() if isinstance(value, Tensor)})
             graphs[training] = _to_captured(program, training, flat, batch_axes)
     return CapturedModel(graphs[True], graphs[False], spec, batch_axes, flat, flags, constants, notes)
@@ -103,17 +104,27 @@ def _export(
     flat: list[Any],
     batch_axes: list[int | None],
     training: bool,
+    notes: list[str],
 ) -> torch.export.ExportedProgram:
+    def export() -> torch.export.ExportedProgram:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+
     shapes = torch.export.ShapesCollection()
     batch = torch.export.Dim("batch")
     for value, axis in zip(flat, batch_axes, strict=True):
         if axis is not None:
             shapes[value] = {axis: batch}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        return export()
     except Exception as error:
+        if training and isinstance(error, GuardOnDataDependentSymNode):
+            with contextlib.suppress(Exception), AllLayersRun() as draws:
+                program = export()
+                if draws.seen:
+                    notes.append(draws.note)
+                return program
         mode = "training" if training else "evaluation"
         raise CaptureError(
             f"{type(model).__name__} could not be captured in {mode} mode with a dynamic batch: "

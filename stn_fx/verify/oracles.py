@@ -162,6 +162,8 @@ def sites(trial: Trial, attempts: int = 4) -> Found:
                 for i in range(trial.batch):
                     if not all(map(torch.equal, trial.outputs_of(output, i), trial.outputs_of(still, i))):
                         moved.add(i)
+                if j in moved:
+                    break
             wrong |= {(i, j) for i in moved ^ {j}}
     stn.train()
     note = "; ".join(f"rates in row {j} {'left' if i == j else 'changed'} row {i}" for i, j in sorted(wrong)[:3])
