@@ -80,7 +80,9 @@ def _signature(module: nn.Module) -> tuple[type, tuple[Any, ...]]:
     return type(module), tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
 
 
-def smallest_images(build: Callable[[int], nn.Module], full_depth: bool, shape: Callable[[int], tuple[int, ...]]) -> Any:
+def smallest_images(
+    build: Callable[[int], nn.Module], full_depth: bool, shape: Callable[[int], tuple[int, ...]]
+) -> Any:
     """The model on the smallest side that it takes, with at most ``KEPT_BLOCKS`` identical blocks in a row."""
     failure: Exception | None = None
     for side in SIDES:
