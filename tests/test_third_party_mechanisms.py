@@ -80,3 +80,23 @@ def test_check_passes_where_a_dropout_is_left_to_its_author() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2))
     result = stn_fx.check(stn_fx.transform(model, "weight_decay", (torch.randn(3, 4),)), torch.randn(3, 4))
     assert result.passed, str(result)
+
+
+class WithAuxiliary(nn.Module):
+    """A second classifier that runs in training only (GoogLeNet, segmentation networks)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.auxiliary = nn.Linear(4, 6), nn.Linear(6, 2), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.body(x).tanh()
+        return self.head(features) + 0.3 * self.auxiliary(features) if self.training else self.head(features)
+
+
+def test_parameters_of_the_training_pass_alone_are_checked_there() -> None:
+    x = torch.randn(3, 4)
+    stn = stn_fx.transform(WithAuxiliary(), "dropout", (x,))
+    assert stn.report.conditioned_share == 1
+    result = stn_fx.check(stn, x)
+    assert result.passed, str(result)

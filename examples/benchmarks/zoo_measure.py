@@ -27,7 +27,7 @@ from stn_fx.verify.oracles import weighted_sum
 from stn_fx.verify.subject import Inputs, cast, randomise_constants, randomise_response, split_inputs
 
 HPARAMS = ("dropout(shared), drop_path(shared), weight_decay", "dropout(shared), weight_decay", "weight_decay")
-"""The first that has a place in the model: one rate for all dropouts, so that the cost does not depend on their number."""
+"""The first that has a place in the model: one rate for all dropouts, however many there are."""
 ENOUGH = 0.95
 REPETITIONS = 2
 

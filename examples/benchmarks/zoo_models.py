@@ -285,17 +285,22 @@ def _vision(model: str, config: str, **options: Any) -> Callable[[], Prepared]:
     return build
 
 
-def _clip() -> Prepared:
-    config = transformers.CLIPConfig(
-        text_config={**_WORDS, **_HIDDEN, "eos_token_id": 99, "bos_token_id": 98},
-        vision_config={**_HIDDEN, "image_size": 32, "patch_size": 8},
-        projection_dim=16,
-    )
-    tokens = _tokens()
-    tokens["input_ids"][:, -1] = 99
-    return Prepared(
-        transformers.CLIPModel(config), {**tokens, "pixel_values": torch.randn(BATCH, 3, 32, 32)}, "tiny configuration"
-    )
+def _clip(model: str, *names: str) -> Callable[[], Prepared]:
+    def build() -> Prepared:
+        config = transformers.CLIPConfig(
+            text_config={**_WORDS, **_HIDDEN, "eos_token_id": 99, "bos_token_id": 98, "projection_dim": 16},
+            vision_config={**_HIDDEN, "image_size": 32, "patch_size": 8},
+            projection_dim=16,
+            num_labels=5,
+        )
+        inputs = {**_tokens(), "pixel_values": torch.randn(BATCH, 3, 32, 32)}
+        inputs["input_ids"][:, 5] = 99
+        own = config.text_config if "Text" in model else config
+        return Prepared(
+            getattr(transformers, model)(own), {name: inputs[name] for name in names}, "tiny configuration"
+        )
+
+    return build
 
 
 _CONVOLUTIONS = {"conv_dim": (16, 16), "conv_kernel": (4, 4), "conv_stride": (4, 4), "num_feat_extract_layers": 2}
@@ -364,7 +369,9 @@ _TRANSFORMERS: dict[str, Callable[[], Prepared]] = {
         num_labels=5,
     ),
     "dinov2 classifier": _vision("Dinov2ForImageClassification", "Dinov2Config", **_HIDDEN, **_IMAGES),
-    "clip": _clip,
+    "clip image classifier": _clip("CLIPForImageClassification", "pixel_values"),
+    "clip text": _clip("CLIPTextModelWithProjection", "input_ids", "attention_mask"),
+    "clip contrastive": _clip("CLIPModel", "input_ids", "attention_mask", "pixel_values"),
     "wav2vec2 classifier": _wav2vec2("Wav2Vec2ForSequenceClassification"),
     "wav2vec2 ctc": _wav2vec2("Wav2Vec2ForCTC"),
     "whisper lm": _whisper,
@@ -384,7 +391,7 @@ class SequenceClassifier(nn.Module):
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.head = nn.Linear(16, 4)
 
-    def forward(self, tokens: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.encoder(self.embedding(tokens)).mean(1))
 
 
@@ -396,7 +403,7 @@ class WeightNormalised(nn.Module):
         self.conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3))
         self.head = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 4))
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor) -> Tensor:
         return self.head(self.conv(x).relu().mean((2, 3)))
 
 

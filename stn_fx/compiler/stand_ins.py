@@ -46,8 +46,8 @@ class AllLayersRun(TorchFunctionMode):
     """
 
     note = (
-        "the forward draws single random numbers to decide in training which layers run (layer drop); no graph can hold "
-        "that, so in training passes every layer runs"
+        "the forward draws single random numbers to decide in training which layers run (layer drop); no graph can "
+        "hold that, so in training passes every layer runs"
     )
 
     def __init__(self) -> None:

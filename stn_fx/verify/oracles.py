@@ -180,14 +180,15 @@ def response_gradients(trial: Trial) -> Found:
         primal, tangent = trial.call(stn.linearize, raw=trial.raw_BH)
         return weighted_sum([p + t for p, t in zip(floating(primal), floating(tangent), strict=True)])
 
-    value = loss()
-    gradients: tuple[Tensor | None, ...] = (None,) * len(named)
-    if value.requires_grad:
-        gradients = torch.autograd.grad(value, list(named.values()), allow_unused=True)
-    missing = [name for name, g in zip(named, gradients, strict=True) if g is None]
+    gradients = _gradients(loss(), named)
+    missing = named.keys() - gradients.keys()
     if missing:
-        return math.nan, f"no gradient: {', '.join(missing[:4])}"
-    found = [g for g in gradients if g is not None]
+        stn.train()
+        missing -= _gradients(loss(), named).keys()  # auxiliary classifiers run in training only
+        stn.eval()
+    if missing:
+        return math.nan, f"no gradient: {', '.join(sorted(missing)[:4])}"
+    named, found = {name: named[name] for name in gradients}, list(gradients.values())
     broken = [name for name, g in zip(named, found, strict=True) if not g.isfinite().all()]
     if broken:
         return math.nan, f"not finite: {', '.join(broken[:4])}"
@@ -292,6 +293,14 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(kept[name])
+
+
+def _gradients(value: Tensor, named: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Gradients of those parameters that the value depends on."""
+    if not value.requires_grad:
+        return {}
+    gradients = torch.autograd.grad(value, list(named.values()), allow_unused=True)
+    return {name: g for name, g in zip(named, gradients, strict=True) if g is not None}
 
 
 @torch.no_grad()
