@@ -69,7 +69,10 @@ def compile_and_report(
         return loaded, stn
     console.print(report)
     if json_file is not None:
-        json_file.write_text(json.dumps(report.to_dict(), indent=2))
+        try:
+            json_file.write_text(json.dumps(report.to_dict(), indent=2))
+        except OSError as error:
+            raise InputError(f"--json {json_file} cannot be written: {error}. Choose another place.") from error
         console.print(f"\nReport: {json_file}")
     return loaded, stn
 

@@ -54,6 +54,11 @@ def transform(
         raise InputError("This module is already a SelfTuningModule. Pass the user's own model.")
     if response != "rowwise" and not isinstance(response, LowRank):
         raise InputError(f"response={response!r} is neither 'rowwise' nor LowRank(r).")
+    lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
+    if lazy:
+        raise InputError(
+            f"{', '.join(lazy[:4])}: not initialised yet (a lazy module). Run one batch through the model."
+        )
     stn = SelfTuningModule(model, hparams, batch_axis, response, rules, seed)
     if example_inputs is not None:
         stn.compile_for(example_inputs)
@@ -254,6 +259,10 @@ class SelfTuningModule(nn.Module):
             return torch.stack([w.square().sum() for w in weights.values()]).sum()
         delta_BH = raw - self.hparams.raw.detach()
         total = torch.stack([w.detach().square().sum() for w in weights.values()]).sum().expand(raw.shape[0])
+        # An effective weight may bear its parameter's name, but its response is no change of that parameter.
+        for plan in self.compiled.plan.parameters:
+            if plan.is_effective:
+                weights.pop(plan.name, None)
         for name, response in self.responses().items():
             if name in weights:
                 total = total + response.squared_norm_change(weights[name].detach(), delta_BH)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from stn_fx.compiler.casts import ambient_autocast, cast_explicitly
@@ -25,7 +26,7 @@ from stn_fx.compiler.cells import expand_cells
 from stn_fx.compiler.failures import failing_place, root_cause
 from stn_fx.compiler.functionalize import NO_GRAD, functionalize
 from stn_fx.compiler.opaque_leaves import opaque_leaf
-from stn_fx.compiler.stand_ins import functions_stand_in, stand_in
+from stn_fx.compiler.stand_ins import AllLayersRun, functions_stand_in, stand_in
 from stn_fx.errors import CaptureError, InputError
 from stn_fx.rules.opaque import OpaqueLeaf
 
@@ -122,7 +123,7 @@ def _capture_around(
             _set_mode(model, training)
             if training:
                 flags = tuple(module.training for module in model.modules())
-            program = _export(model, args, kwargs, flat, batch_axes, training)
+            program = _export(model, args, kwargs, flat, batch_axes, training, notes)
             constants.update({name: value for name, value in program.constants.items() if isinstance(value, Tensor)})
             graphs[training] = _to_captured(program, model, training, batch_axes)
     used = list(leaves.values())
@@ -136,16 +137,26 @@ def _export(
     flat: list[Any],
     batch_axes: list[int | None],
     training: bool,
+    notes: list[str],
 ) -> torch.export.ExportedProgram:
+    def export() -> torch.export.ExportedProgram:
+        with _quietly(), _named_keywords(model, kwargs):
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+
     shapes = torch.export.ShapesCollection()
     batch = torch.export.Dim("batch")
     for value, axis in zip(flat, batch_axes, strict=True):
         if axis is not None:
             shapes[value] = {axis: batch}
     try:
-        with _quietly(), _named_keywords(model, kwargs):
-            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        return export()
     except Exception as error:
+        if training and isinstance(error, GuardOnDataDependentSymNode):
+            with contextlib.suppress(Exception), AllLayersRun() as draws:
+                program = export()
+                if draws.seen:
+                    notes.append(draws.note)
+                return program
         mode = "training" if training else "evaluation"
         place = failing_place(error, model)
         where = f" At {place.module or 'the model itself'}, {place.line}" if place is not None else ""

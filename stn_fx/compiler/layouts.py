@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
 from stn_fx.compiler.capture import CapturedGraph, CapturedModel
 from stn_fx.rules.drop_path import drop_path_site
 from stn_fx.rules.dropout import dropout_site
 from stn_fx.rules.input_sites import cutout_site, input_dropout_site
 from stn_fx.rules.layout import BatchLayout
+from stn_fx.rules.tangent import is_differentiable
 
 aten = torch.ops.aten
 PROBE_EXAMPLES, POISONED = 3, 1
@@ -37,7 +39,8 @@ def analyse_layouts(captured: CapturedGraph, model: CapturedModel, state: dict[s
         value = node.meta.get("val")
         if not isinstance(value, Tensor):
             continue
-        layout = _decide(symbolic_axes(value, captured.batch_symbol), rows.get(node))
+        axes = symbolic_axes(value, captured.batch_symbol)
+        layout = _decide(axes, rows.get(node)) or _of_repeated(node, axes)
         if layout is not None:
             layouts[node] = layout
     return layouts
@@ -76,6 +79,17 @@ def _decide(axes: dict[int, int | None], rows: dict[int, set[int]] | None) -> Ba
     return fitting[0] if len(fitting) == 1 else None
 
 
+def _of_repeated(node: Node, axes: dict[int, int | None]) -> BatchLayout | None:
+    """``repeat(B, ...)`` of a value that is the same for all examples: the copies are in front, batch-major."""
+    if node.target is not aten.repeat.default or len(axes) != 1:
+        return None
+    ((axis, count),) = axes.items()
+    times = node.args[1][axis]
+    if not isinstance(times, Node) or count is None or isinstance(node.args[0].meta["val"].numel(), torch.SymInt):
+        return None
+    return BatchLayout(axis, 1, count)
+
+
 def _covers(rows: set[int], expected: set[int], outer: int, inner: int) -> bool:
     return outer * inner == 1 or rows == expected
 
@@ -104,7 +118,7 @@ def _poisoned_rows(
         else:
             # Sizes carry no example's values: an expanded class token depends on none.
             sources = {n for n in node.all_input_nodes if isinstance(env[n], (Tensor, tuple, list))}
-            env[node] = run_node(node, env)
+            env[node] = _run_poisoned(node, env, captured) if sources & carries else run_node(node, env)
             if sources & depends:
                 depends.add(node)
             if sources & carries:
@@ -114,13 +128,32 @@ def _poisoned_rows(
                 _poison(env[node], next(iter(symbolic_axes(node.meta["val"], captured.batch_symbol))))
                 carries.add(node)
         value = env[node]
-        if node in carries and isinstance(value, Tensor) and value.is_floating_point():
+        if node in carries and isinstance(value, Tensor) and is_differentiable(value):
             axes = symbolic_axes(node.meta["val"], captured.batch_symbol)
             bad = value.isnan()
             found[node] = {axis: _rows(bad, axis) for axis in axes}
         for done in last_use.get(position, ()):
             env.pop(done, None)
     return found
+
+
+def _run_poisoned(node: Node, env: dict[Node, Any], captured: CapturedGraph) -> Any:
+    """The node's value; where it refuses NaN (decompositions, sampling), another, poisoned where its shape tells."""
+    try:
+        return run_node(node, env)
+    except RuntimeError:  # torch's LinAlgError is one
+        return pytree.tree_map(lambda value: _poisoned_like(value, captured.batch_symbol), node.meta["val"])
+
+
+def _poisoned_like(value: Any, symbol: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    sizes = [int(s.node.expr.subs(symbol, PROBE_EXAMPLES)) if isinstance(s, torch.SymInt) else s for s in value.shape]
+    made = torch.ones(sizes, dtype=value.dtype)
+    axes = symbolic_axes(value, symbol)
+    if is_differentiable(made) and list(axes.values()) == [1]:
+        _poison(made, next(iter(axes)))
+    return made
 
 
 def _last_uses(captured: CapturedGraph) -> dict[int, list[Node]]:

@@ -80,7 +80,7 @@ def compile_model(
         reasons = "; ".join(dict.fromkeys(f"{each.name}: {each.reason}" for each in parameters[:8]))
         raise CaptureError(f"No parameter of {type(model).__name__} can respond to hyperparameters. {reasons}")
     sites, hyperparameters, chosen = plan_sites(
-        find_sites(captured.training, model, registry), selections, analysed["training"].layouts, _image_size(captured)
+        find_sites(captured.training, model, registry), selections, analysed["training"], _image_size(captured)
     )
     fallbacks = _fallback_notes(captured, analysed.values(), registry)
     notes = (*captured.notes, *([note] if note else []), *chosen, *fallbacks)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from stn_fx.errors import CaptureError
 from stn_fx.rules.drop_path import marked_forward
@@ -74,3 +75,27 @@ def functions_stand_in() -> Iterator[None]:
     finally:
         builtins.len, transformer._detect_is_causal_mask = length, detect
         torch.autograd.Function.apply = apply  # type: ignore[method-assign]
+
+
+class AllLayersRun(TorchFunctionMode):
+    """Single random numbers are 1 while this is open, so that a forward can branch on them: layer drop skips nothing.
+
+    A graph cannot hold ``if torch.rand([]) < self.layerdrop``, the way that speech models skip whole layers.
+    """
+
+    note = (
+        "the forward draws single random numbers to decide in training which layers run (layer drop); no graph can "
+        "hold that, so in training passes every layer runs"
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.rand and len(args) == 1 and args[0] in ((), []):
+            self.seen = True
+            return 1.0
+        return func(*args, **(kwargs or {}))

@@ -19,6 +19,7 @@ from stn_fx.compiler.functionalize import module_path
 from stn_fx.compiler.layouts import symbolic_axes
 from stn_fx.rules import Registry
 from stn_fx.rules.layout import BatchLayout
+from stn_fx.rules.tangent import is_differentiable
 
 aten = torch.ops.aten
 
@@ -44,6 +45,8 @@ class GraphUses:
     """Parameter -> the effective weights that depend on it."""
     general: dict[str, list[tuple[Node, str]]] = field(default_factory=dict)
     """Parameter -> (node, reason why it cannot be conditioned there, or "")."""
+    without_gradient: set[str] = field(default_factory=set)
+    """Parameters that reach the output behind a ``detach`` or an integer only."""
 
 
 class ParameterFlow:
@@ -70,7 +73,7 @@ class ParameterFlow:
         if shaped or any(n in self.carries_batch for n in tensors):
             self.carries_batch.add(node)
             return
-        if node.target is aten.detach.default or (isinstance(value, Tensor) and not value.is_floating_point()):
+        if node.target is aten.detach.default or (isinstance(value, Tensor) and not is_differentiable(value)):
             return
         sources = set().union(*(self.sources.get(n, set()) for n in tensors))
         if sources:
@@ -101,7 +104,23 @@ def find_uses(
         for argument in consumer.all_input_nodes:
             if flow.parameter_only(argument):
                 _classify(uses, flow, consumer, argument, layouts, registry)
+    uses.without_gradient = _without_gradient(captured, flow)
     return uses
+
+
+def _without_gradient(captured: CapturedGraph, flow: ParameterFlow) -> set[str]:
+    reached, consumed = set(), set()
+    learning: set[Node] = set()
+    for node in reversed(captured.graph.nodes):
+        value = node.meta.get("val")
+        stops = node.target is aten.detach.default or (isinstance(value, Tensor) and not is_differentiable(value))
+        if node.op == "output" or (node in learning and not stops):
+            learning.update(node.all_input_nodes)
+        if node in flow.carries_batch:
+            names = set().union(*(flow.sources.get(argument, set()) for argument in node.all_input_nodes))
+            consumed |= names
+            reached |= names if node in learning and not stops else set()
+    return consumed - reached
 
 
 def _classify(

@@ -11,7 +11,7 @@ for example `dropout@layer4.*(shared, initial=0.1), cutout(length=2..16, holes=1
 a model: what a selection matches in it is decided when the model is planned.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from stn_fx.errors import InputError, UnknownHyperparameterError
@@ -85,6 +85,9 @@ def parse_hparams(
     """
     if hparams is None:
         return default_selections(catalogue)
+    if isinstance(hparams, Mapping):
+        example = ", ".join(f"{name}(initial={value})" for name, value in hparams.items())
+        raise InputError(f"hparams is a mapping, whose values would be ignored. Write it as '{example}'.")
     items = _items(hparams)
     if not items:
         raise InputError(

@@ -128,6 +128,10 @@ class Rule:
         """Code of the linearized pass: (primal, tangent), tangent None where it is zero."""
         raise NotImplementedError
 
+    def without_batch(self, emit: Emitter, node: Node) -> tuple[Any, Any] | None:
+        """Code for a value that depends on parameters only: (value, stack or None); None = the general way."""
+        return None
+
 
 class Registry:
     """Rules by operator.  A copy is given to every transformation, so a user's rule does not leak into others."""

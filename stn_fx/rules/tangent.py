@@ -121,6 +121,11 @@ def pointwise(function: TensorFunction, primal: Tensor, tangent: Tensor) -> Tens
     return tangent * derivative
 
 
+def is_differentiable(value: Tensor) -> bool:
+    """Whether a value of this dtype can have a tangent."""
+    return value.is_floating_point() or value.is_complex()
+
+
 def _as_tuple(function: TensorFunction) -> TensorFunction:
     def wrapped(*values: Tensor) -> tuple[Tensor, ...]:
         output = function(*values)
@@ -133,6 +138,6 @@ def _floating_outputs(function: TensorFunction) -> TensorFunction:
     def wrapped(*values: Tensor) -> tuple[Tensor, ...]:
         output = function(*values)
         outputs = tuple(output) if isinstance(output, (tuple, list)) else (output,)
-        return tuple(item for item in outputs if isinstance(item, Tensor) and item.is_floating_point())
+        return tuple(item for item in outputs if isinstance(item, Tensor) and is_differentiable(item))
 
     return wrapped

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from stn_fx.compiler.layouts import run_node
 from stn_fx.compiler.pipeline import state_tensors
+from stn_fx.compiler.stand_ins import AllLayersRun
 from stn_fx.rules.drop_path import marked_forward
 from stn_fx.rules.tangent import load_forward_mode
 from stn_fx.verify.subject import Inputs
@@ -122,7 +123,7 @@ def nothing_dropped(model: nn.Module) -> Iterator[None]:
     for module in patched:
         module.__dict__["forward"] = lambda x: x
     try:
-        with _NoDropout():
+        with _NoDropout(), AllLayersRun():
             yield
     finally:
         for module in patched:
