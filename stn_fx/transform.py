@@ -19,6 +19,7 @@ from stn_fx.errors import InputError, StnError
 from stn_fx.hparams import Hyperparameter, HyperparameterSpace, parse_hparams
 from stn_fx.rules import Registry, load_builtin_rules
 from stn_fx.rules.structure import LowRank, Response
+from stn_fx.rules.tangent import differentiable
 
 HparamsArgument = str | Iterable[str | Hyperparameter] | Hyperparameter | None
 
@@ -333,7 +334,7 @@ def tree_detached(tree: Any) -> Any:
 
 
 def _full_tangent(primal: Any, tangent: Any) -> Any:
-    if not isinstance(primal, Tensor) or not primal.is_floating_point():
+    if not differentiable(primal):
         return None if tangent is None else tangent
     return torch.zeros_like(primal) if tangent is None else tangent
 

@@ -429,6 +429,17 @@ class rates_off:
             self.stn.hparams.raw.copy_(self.kept)
 
 
+def fingerprint(model: nn.Module) -> Any:
+    """Everything about a module that a wrapper could disturb."""
+    state = {name: (value.dtype, value.numpy().tobytes()) for name, value in model.state_dict().items()}
+    modules = [
+        (name, type(m), m.training, sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks))
+        for name, m in model.named_modules()
+    ]
+    parameters = [(name, id(p), p.requires_grad, p.grad is None) for name, p in model.named_parameters()]
+    return copy.deepcopy((state, modules, parameters, torch.backends.mha.get_fastpath_enabled()))
+
+
 def conditioned_share(stn: Any) -> float:
     """Share of the model's scalars whose value differs per example."""
     plans = [p for p in stn.compiled.plan.parameters if not p.is_effective]

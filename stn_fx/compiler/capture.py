@@ -23,7 +23,8 @@ from stn_fx.compiler.casts import ambient_autocast, cast_explicitly
 from stn_fx.compiler.cells import expand_cells
 from stn_fx.compiler.failures import failing_place, root_cause
 from stn_fx.compiler.functionalize import NO_GRAD, functionalize
-from stn_fx.compiler.opaque_leaves import opaque_leaf
+from stn_fx.compiler.opaque_leaves import one_more, opaque_leaf
+from stn_fx.compiler.preconditions import require_output
 from stn_fx.compiler.stand_ins import functions_stand_in, stand_in
 from stn_fx.errors import CaptureError, InputError
 from stn_fx.rules.opaque import OpaqueLeaf
@@ -100,7 +101,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], bat
             if place is None or not place.module or place.module in leaves:
                 raise
             reason = f"{place.line}: {_first_lines(root_cause(error), 1)}"
-            with _left_as_found(model):
+            with _left_as_found(model), _buffers_as_found(model):
                 leaves[place.module] = opaque_leaf(model, place.module, reason, flat, spec, batch_axes)
 
 
@@ -146,13 +147,43 @@ def _export(
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         mode = "training" if training else "evaluation"
-        place = failing_place(error, model)
-        where = f" At {place.module or 'the model itself'}, {place.line}" if place is not None else ""
+        if "Constraints violated (batch)" in str(error):
+            raise _fixed_batch(model, args, kwargs, flat, batch_axes, error) from error
         raise CaptureError(
-            f"{type(model).__name__} could not be captured in {mode} mode with a dynamic batch.{where}\n"
+            f"{type(model).__name__} could not be captured in {mode} mode with a dynamic batch{_at(error, model)}.\n"
             f"Reason: {_first_lines(error)}\nRemedy: make the forward independent of the data's values and of the "
             f"batch size, name the batch axis with batch_axis=, or pass inputs of the usual shape."
         ) from error
+
+
+def _at(error: BaseException, model: nn.Module) -> str:
+    place = failing_place(error, model)
+    return "" if place is None else f", at {place.module or 'the model itself'} ({place.line})"
+
+
+def _fixed_batch(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    flat: list[Any],
+    batch_axes: list[int | None],
+    error: Exception,
+) -> CaptureError:
+    """The model takes batches of one size only; run with one example more, it may say where."""
+    size = next(v.shape[a] for v, a in zip(flat, batch_axes, strict=True) if a is not None)
+    where = ""
+    model.eval()
+    try:
+        more = pytree.tree_unflatten(one_more(flat, batch_axes), pytree.tree_structure((args, kwargs)))
+        with torch.no_grad(), _buffers_as_found(model):
+            model(*more[0], **more[1])
+    except Exception as other:
+        where = _at(other, model)
+    return CaptureError(
+        f"{type(model).__name__} fixes the batch size to {size}{where}.\nRemedy: take it from the input where it is "
+        f"needed, as in x.view(x.shape[0], -1), without int(), range() or a loop over the examples; or name the batch "
+        f"axis with batch_axis=, if it is not the one of size {size}."
+    )
 
 
 @contextlib.contextmanager
@@ -322,6 +353,19 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
                 container.update(content)
 
 
+@contextlib.contextmanager
+def _buffers_as_found(model: nn.Module) -> Iterator[None]:
+    """Values of the buffers as before: some models count or collect in evaluation mode too."""
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in buffers and not torch.equal(buffer, buffers[name]):
+                    buffer.copy_(buffers[name])
+
+
 def _copied_attributes(module: nn.Module) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
     """The module's attributes, and the contents of its dicts and sets (parameters, buffers, hooks, own caches)."""
     values = dict(module.__dict__)
@@ -351,25 +395,17 @@ def _markers(model: nn.Module, leaves: dict[str, OpaqueLeaf]) -> Iterator[None]:
 
 def _register_dataclasses(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Dataclasses among inputs and outputs must be known to torch's pytree before export."""
-    training = {module: module.training for module in model.modules()}
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _buffers_as_found(model):
             output = model(*args, **kwargs)
     except Exception as error:
         raise CaptureError(
-            f"{type(model).__name__} does not run on the example inputs: {_first_lines(error, 3)}\nRemedy: pass "
-            f"example_inputs of the shape, dtype and device that the model expects."
+            f"{type(model).__name__} does not run on the example inputs{_at(error, model)}: "
+            f"{_first_lines(error, 3)}\nRemedy: pass example_inputs of the shape, dtype and device that it expects."
         ) from error
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in buffers and not torch.equal(buffer, buffers[name]):
-                    buffer.copy_(buffers[name])
     register_dataclasses(output)
+    require_output(model, output)
 
 
 def register_dataclasses(value: Any) -> None:

@@ -19,6 +19,7 @@ from stn_fx.rules.drop_path import drop_path_site
 from stn_fx.rules.dropout import dropout_site
 from stn_fx.rules.input_sites import cutout_site, input_dropout_site
 from stn_fx.rules.layout import BatchLayout
+from stn_fx.rules.tangent import differentiable
 
 aten = torch.ops.aten
 PROBE_EXAMPLES, POISONED = 3, 1
@@ -98,7 +99,7 @@ def _poisoned_rows(
             env[node] = _probe_placeholder(node, captured, inputs, state, generator)
             if node.name in inputs and inputs[node.name][1] is not None:
                 depends.add(node)
-                if isinstance(env[node], Tensor) and env[node].is_floating_point():
+                if differentiable(env[node]):
                     _poison(env[node], inputs[node.name][1])
                     carries.add(node)
         else:
@@ -114,7 +115,7 @@ def _poisoned_rows(
                 _poison(env[node], next(iter(symbolic_axes(node.meta["val"], captured.batch_symbol))))
                 carries.add(node)
         value = env[node]
-        if node in carries and isinstance(value, Tensor) and value.is_floating_point():
+        if node in carries and differentiable(value):
             axes = symbolic_axes(node.meta["val"], captured.batch_symbol)
             bad = value.isnan()
             found[node] = {axis: _rows(bad, axis) for axis in axes}
@@ -146,7 +147,7 @@ def _poison(value: Tensor, axis: int) -> None:
 
 def _can_poison(node: Node, captured: CapturedGraph) -> bool:
     value = node.meta.get("val")
-    if not isinstance(value, Tensor) or not value.is_floating_point():
+    if not differentiable(value):
         return False
     axes = symbolic_axes(value, captured.batch_symbol)
     return len(axes) == 1 and next(iter(axes.values())) == 1

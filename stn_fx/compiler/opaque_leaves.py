@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from stn_fx.errors import CaptureError
 from stn_fx.rules.opaque import OpaqueLeaf, opaque_function
-from stn_fx.rules.tangent import linearize
+from stn_fx.rules.tangent import differentiable, linearize
 
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 3e-2}
 """Of a central difference against the derivative, by the precision that the module runs in."""
@@ -45,7 +45,7 @@ def opaque_leaf(
     batch = next(v.shape[a] for v, a in zip(flat, batch_axes, strict=True) if a is not None)
     try:
         first = _calls(model, module, flat, spec)
-        second = _calls(model, module, _one_more(flat, batch_axes), spec)
+        second = _calls(model, module, one_more(flat, batch_axes), spec)
     except Exception as error:  # whatever the user's code raises
         raise _refusal(name, reason, f"with one example more the model does not run ({error})") from error
     alike = first and len(first) == len(second)
@@ -86,7 +86,7 @@ def _calls(model: nn.Module, module: nn.Module, flat: list[Any], spec: pytree.Tr
     return calls
 
 
-def _one_more(flat: list[Any], batch_axes: list[int | None]) -> list[Any]:
+def one_more(flat: list[Any], batch_axes: list[int | None]) -> list[Any]:
     """The inputs with their first example once more at the end."""
     return [v if a is None else torch.cat([v, v.narrow(a, 0, 1)], a) for v, a in zip(flat, batch_axes, strict=True)]
 
@@ -110,7 +110,7 @@ def _tensors(leaves: list[Any]) -> list[int]:
 
 def _prove_tangent(leaf: OpaqueLeaf, inputs: list[Tensor]) -> None:
     """Choose how the tangent passes, by central differences of the evaluated module; refuse what is no derivative."""
-    floating = [i for i, value in enumerate(inputs) if value.is_floating_point()]
+    floating = [i for i, value in enumerate(inputs) if differentiable(value)]
     generator = torch.Generator().manual_seed(0)
     primals = tuple(inputs[i].detach() for i in floating)
     directions = tuple(torch.randn(p.shape, generator=generator).to(p) for p in primals)
@@ -120,7 +120,7 @@ def _prove_tangent(leaf: OpaqueLeaf, inputs: list[Tensor]) -> None:
         for index, value in zip(floating, values, strict=True):
             arguments[index] = value
         outputs = opaque_function(arguments, leaf.key, False)
-        return tuple(output for output in outputs if output.is_floating_point())
+        return tuple(output for output in outputs if differentiable(output))
 
     if not floating or not function(*primals):
         return
@@ -140,7 +140,7 @@ def _prove_tangent(leaf: OpaqueLeaf, inputs: list[Tensor]) -> None:
     pulled: tuple[Any, ...] = (None,)
     if outputs:
         pulled = torch.autograd.grad([o for o, _ in outputs], live, [c for _, c in outputs], allow_unused=True)
-    adjoint = sum(float((g * d).sum()) for g, d in zip(pulled, directions, strict=False) if g is not None)
+    adjoint = sum(float((g.conj() * d).sum().real) for g, d in zip(pulled, directions, strict=False) if g is not None)
     if abs(adjoint - expected) >= tolerance:
         raise _refusal(
             leaf.name, leaf.reason,
@@ -153,7 +153,7 @@ def _tuple(value: Any) -> tuple[Tensor, ...]:
 
 
 def _inner(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> float:
-    return float(sum((a * b).sum() for a, b in zip(left, right, strict=True)))
+    return float(sum((a.conj() * b).sum().real for a, b in zip(left, right, strict=True)))
 
 
 def _norm(value: Tensor) -> float:

@@ -19,6 +19,7 @@ from stn_fx.compiler.functionalize import module_path
 from stn_fx.compiler.layouts import symbolic_axes
 from stn_fx.rules import Registry
 from stn_fx.rules.layout import BatchLayout
+from stn_fx.rules.tangent import differentiable
 
 aten = torch.ops.aten
 
@@ -70,7 +71,7 @@ class ParameterFlow:
         if shaped or any(n in self.carries_batch for n in tensors):
             self.carries_batch.add(node)
             return
-        if node.target is aten.detach.default or (isinstance(value, Tensor) and not value.is_floating_point()):
+        if node.target is aten.detach.default or (isinstance(value, Tensor) and not differentiable(value)):
             return
         sources = set().union(*(self.sources.get(n, set()) for n in tensors))
         if sources:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stn_fx.rules.rule import REGISTRY, Emitter, Rule
-from stn_fx.rules.tangent import linearize
+from stn_fx.rules.tangent import differentiable, linearize
 
 _KEYS = itertools.count()
 _LEAVES: "weakref.WeakValueDictionary[int, OpaqueLeaf]" = weakref.WeakValueDictionary()
@@ -124,7 +124,7 @@ def opaque_linearized(
     """(outputs, tangents) of the module; an output that is not floating has no tangent."""
     generators = _generator_states(inputs)
     active = [i for i, tangent in enumerate(tangents) if tangent is not None]
-    floating = [i for i in active if inputs[i].is_floating_point()]
+    floating = [i for i in active if differentiable(inputs[i])]
 
     def function(*values: Tensor) -> tuple[Tensor, ...]:
         arguments = list(inputs)
@@ -144,7 +144,7 @@ def opaque_linearized(
         forward_mode=_LEAVES[key].forward_mode,
     )
     parts = iter(found if isinstance(found, tuple) else (found,))
-    return outputs, [next(parts) if output.is_floating_point() else None for output in outputs]
+    return outputs, [next(parts) if differentiable(output) else None for output in outputs]
 
 
 @REGISTRY.register
