@@ -120,6 +120,13 @@ def test_nothing_to_train(model: nn.Module, message: str) -> None:
         stn_fx.transform(model, "weight_decay", (X,))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_scripted_part_is_named() -> None:
+    model = nn.Sequential(torch.jit.script(nn.Linear(6, 3)), nn.Linear(3, 2))
+    with pytest.raises(CaptureError, match=r"0 of Sequential is a torch.jit.ScriptModule.*Remedy"):
+        stn_fx.transform(model, "weight_decay", (X,))
+
+
 def test_a_later_batch_that_does_not_fit_is_refused_and_the_captured_ones_go_on() -> None:
     stn = stn_fx.transform(nn.Sequential(nn.Linear(6, 3), nn.Dropout(0.1)), "dropout", (X,)).train()
     parameters = [id(p) for p in stn.parameters()]

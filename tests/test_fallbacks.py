@@ -58,6 +58,13 @@ class NormGate(Gate):
         return self.norm(super().forward(x))
 
 
+class Mapped(Gate):
+    """A torch.func transform inside of a forward, which traces but does not make a plain graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(self.positive)(x) + self.negative(x)
+
+
 class Swish(torch.autograd.Function):
     """A Function of the user's own with the right backward."""
 
@@ -114,7 +121,9 @@ def numeric_tangent(subject: Subject, batch: int) -> None:
 
 @pytest.mark.parametrize("response", ["rowwise", stn_fx.LowRank(2)], ids=["row-wise", "low-rank"])
 @pytest.mark.parametrize(
-    "middle", [Gate, RandomGate, NormGate, lambda: Applied(Swish)], ids=["branch", "random", "norm", "Function"]
+    "middle",
+    [Gate, RandomGate, NormGate, Mapped, lambda: Applied(Swish)],
+    ids=["branch", "random", "norm", "vmap", "Function"],
 )
 def test_a_module_that_cannot_be_captured_runs_as_itself(middle: Callable[[], nn.Module], response: str) -> None:
     subject = Subject(around(middle), noise(5), SITES, response)

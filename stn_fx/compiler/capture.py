@@ -21,8 +21,8 @@ from torch.utils import _pytree as pytree
 
 from stn_fx.compiler.casts import ambient_autocast, cast_explicitly
 from stn_fx.compiler.cells import expand_cells
-from stn_fx.compiler.failures import failing_place, root_cause
-from stn_fx.compiler.functionalize import NO_GRAD, functionalize
+from stn_fx.compiler.failures import FailingPlace, failing_place, root_cause
+from stn_fx.compiler.functionalize import NO_GRAD, functionalize, module_path
 from stn_fx.compiler.opaque_leaves import one_more, opaque_leaf
 from stn_fx.compiler.preconditions import require_output
 from stn_fx.compiler.stand_ins import functions_stand_in, stand_in
@@ -97,10 +97,10 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], bat
         try:
             return _capture_around(model, flat, spec, batch_axes, leaves, notes)
         except CaptureError as error:
-            place = failing_place(error, model)
-            if place is None or not place.module or place.module in leaves:
+            place = failing_place(error, model) or FailingPlace(error.module, "")
+            if not place.module or place.module in leaves:
                 raise
-            reason = f"{place.line}: {_first_lines(root_cause(error), 1)}"
+            reason = f"{place.line}: {_first_lines(root_cause(error), 1)}" if place.line else str(error)
             with _left_as_found(model), _buffers_as_found(model):
                 leaves[place.module] = opaque_leaf(model, place.module, reason, flat, spec, batch_axes)
 
@@ -256,7 +256,8 @@ def _inline_regions(module: torch.fx.GraphModule) -> Graph:
         if node.target.name() not in ("wrap_with_set_grad_enabled", "wrap_with_autocast") or len(bodies) != 1:
             raise CaptureError(
                 f"The forward uses {node.target.name()}, which stn_fx cannot look into. Remedy: write it as plain "
-                f"tensor code, or leave that module out of the captured forward."
+                f"tensor code, or leave that module out of the captured forward.",
+                module_path(node),
             )
         body = env[bodies[0]]
         operands = node.args[node.args.index(bodies[0]) + 1 :]

@@ -105,10 +105,14 @@ def _poisoned_rows(
         else:
             # Sizes carry no example's values: an expanded class token depends on none.
             sources = {n for n in node.all_input_nodes if isinstance(env[n], (Tensor, tuple, list))}
-            env[node] = run_node(node, env)
+            if _is_integer(node.meta.get("val")):  # a NaN would become an index out of range
+                sources_values = {n: torch.nan_to_num(env[n]) for n in sources & carries if differentiable(env[n])}
+                env[node] = run_node(node, env | sources_values)
+            else:
+                env[node] = run_node(node, env)
             if sources & depends:
                 depends.add(node)
-            if sources & carries:
+            if sources & carries and not _is_integer(node.meta.get("val")):
                 carries.add(node)
             elif node in depends and _can_poison(node, captured):
                 env[node] = env[node].clone()
@@ -122,6 +126,10 @@ def _poisoned_rows(
         for done in last_use.get(position, ()):
             env.pop(done, None)
     return found
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Tensor) and not differentiable(value) and value.dtype != torch.bool
 
 
 def _last_uses(captured: CapturedGraph) -> dict[int, list[Node]]:

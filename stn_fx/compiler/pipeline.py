@@ -23,6 +23,7 @@ from stn_fx.errors import BatchLayoutError, CaptureError, InputError
 from stn_fx.hparams import Selection
 from stn_fx.rules import Registry
 from stn_fx.rules.structure import LowRank
+from stn_fx.rules.tangent import differentiable
 
 BatchAxis = int | Sequence[int | None] | Mapping[str, int | None] | None
 
@@ -105,7 +106,8 @@ def _fallback_notes(captured: CapturedModel, graphs: Iterable[AnalysedGraph], re
         f"{node.target} at {module_path(node) or 'the model'}"
         for graph in graphs
         for node in graph.captured.graph.nodes
-        if node in graph.flow.carries_batch and lacks_forward_mode(node, registry)
+        if any(n in graph.flow.carries_batch and differentiable(n.meta.get("val")) for n in node.all_input_nodes)
+        and lacks_forward_mode(node, registry)
     }
     if lacking:
         yield f"no forward mode, so tangents pass by central differences: {', '.join(sorted(lacking))}"

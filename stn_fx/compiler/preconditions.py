@@ -13,9 +13,17 @@ _CONSTANTS = (int, float, bool, complex, str, bytes, type(None), torch.dtype, to
 
 
 def require_trainable(model: nn.Module) -> None:
-    """A model without parameters, with frozen ones alone, or with some that do not exist yet, is refused."""
+    """A model without parameters, with frozen ones alone, with some that do not exist yet, or scripted, is refused."""
     kind = type(model).__name__
     parameters = dict(model.named_parameters())
+    scripted = [
+        name or "the model itself" for name, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)
+    ]
+    if scripted:
+        raise CaptureError(
+            f"{', '.join(scripted[:8])} of {kind} is a torch.jit.ScriptModule, which cannot be captured. Remedy: pass "
+            f"the module that was scripted."
+        )
     if not parameters:
         raise InputError(
             f"{kind} has no parameters, so there is nothing to train or to condition. Pass the model that is trained."
@@ -29,8 +37,8 @@ def require_trainable(model: nn.Module) -> None:
 
 def require_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Inputs are tensors, constants and nested containers of them, and hold at least one example."""
-    named = pytree.tree_leaves_with_path((args, kwargs))
-    named = [(f"example_inputs{_path(path[1:])}", leaf) for path, leaf in named]
+    leaves = pytree.tree_leaves_with_path((args, kwargs))
+    named = [(f"example_inputs{_path(path[1:])}", leaf) for path, leaf in leaves]
     unknown = [f"{name} is a {type(leaf).__name__}" for name, leaf in named if not _is_known(leaf)]
     if unknown:
         raise InputError(
