@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from rule_cases import Case, Fn, noise, sequence_first, tokens
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 SITES = "dropout(shared),weight_decay"
 OWN: list[Case] = []
@@ -302,3 +303,22 @@ own(
     ),
     noise(5),
 )
+
+# ---- recomputation in the backward
+
+
+def checkpointed(use_reentrant: bool) -> nn.Module:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        x = checkpoint(m.block, m.stem(x), use_reentrant=use_reentrant)
+        return m.head(x)
+
+    return Fn(
+        forward,
+        stem=nn.Linear(5, 6),
+        block=nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.Dropout(0.2)),
+        head=nn.Linear(6, 3),
+    )
+
+
+own("activation checkpointing", lambda: checkpointed(False), noise(5))
+own("activation checkpointing, reentrant", lambda: checkpointed(True), noise(5), tangents=False)

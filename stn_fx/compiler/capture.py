@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
+from stn_fx.compiler.as_found import buffers_as_found, left_as_found
 from stn_fx.compiler.casts import ambient_autocast, cast_explicitly
 from stn_fx.compiler.cells import expand_cells
 from stn_fx.compiler.failures import FailingPlace, failing_place, root_cause
@@ -90,7 +91,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], bat
     notes: list[str] = []
     flat = _at_least_two_examples(flat, batch_axes, notes)
     args, kwargs = pytree.tree_unflatten(flat, spec)
-    with _left_as_found(model):
+    with left_as_found(model):
         _register_dataclasses(model, args, kwargs)
     leaves: dict[str, OpaqueLeaf] = {}
     while True:
@@ -100,8 +101,8 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], bat
             place = failing_place(error, model) or FailingPlace(error.module, "")
             if not place.module or place.module in leaves:
                 raise
-            reason = f"{place.line}: {_first_lines(root_cause(error), 1)}" if place.line else str(error)
-            with _left_as_found(model), _buffers_as_found(model):
+            reason = f"{_in_short(root_cause(error))}, {place.line}" if place.line else str(error)
+            with left_as_found(model), buffers_as_found(model):
                 leaves[place.module] = opaque_leaf(model, place.module, reason, flat, spec, batch_axes)
 
 
@@ -118,7 +119,7 @@ def _capture_around(
     constants: dict[str, Tensor] = {}
     graphs = {}
     for training in (True, False):
-        with _left_as_found(model), _markers(model, leaves):
+        with left_as_found(model), _markers(model, leaves):
             _set_mode(model, training)
             if training:
                 flags = tuple(module.training for module in model.modules())
@@ -148,7 +149,7 @@ def _export(
     except Exception as error:
         mode = "training" if training else "evaluation"
         if "Constraints violated (batch)" in str(error):
-            raise _fixed_batch(model, args, kwargs, flat, batch_axes, error) from error
+            raise _fixed_batch(model, args, kwargs, flat, batch_axes) from error
         raise CaptureError(
             f"{type(model).__name__} could not be captured in {mode} mode with a dynamic batch{_at(error, model)}.\n"
             f"Reason: {_first_lines(error)}\nRemedy: make the forward independent of the data's values and of the "
@@ -167,7 +168,6 @@ def _fixed_batch(
     kwargs: dict[str, Any],
     flat: list[Any],
     batch_axes: list[int | None],
-    error: Exception,
 ) -> CaptureError:
     """The model takes batches of one size only; run with one example more, it may say where."""
     size = next(v.shape[a] for v, a in zip(flat, batch_axes, strict=True) if a is not None)
@@ -175,7 +175,7 @@ def _fixed_batch(
     model.eval()
     try:
         more = pytree.tree_unflatten(one_more(flat, batch_axes), pytree.tree_structure((args, kwargs)))
-        with torch.no_grad(), _buffers_as_found(model):
+        with torch.no_grad(), buffers_as_found(model):
             model(*more[0], **more[1])
     except Exception as other:
         where = _at(other, model)
@@ -198,6 +198,13 @@ def _quietly() -> Iterator[None]:
             yield
     finally:
         log.setLevel(level)
+
+
+def _in_short(error: BaseException) -> str:
+    """The usual causes in the user's words."""
+    if "DataDependent" in type(error).__name__:
+        return "a branch or a number that depends on the data's values"
+    return str(error) if isinstance(error, CaptureError) else _first_lines(error, 1)
 
 
 def _first_lines(error: BaseException, count: int = 8) -> str:
@@ -332,48 +339,6 @@ def _set_mode(model: nn.Module, training: bool) -> None:
 
 
 @contextlib.contextmanager
-def _left_as_found(model: nn.Module) -> Iterator[None]:
-    """Modes, attributes, global generators and the attention fast path as before, whatever happens inside.
-
-    Attributes too: some models cache tensors in forward, and a cached tensor of the tracer would stay in the model.
-    """
-    attributes = {module: _copied_attributes(module) for module in model.modules()}
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(devices=[d for d in devices if d is not None]):
-            torch.backends.mha.set_fastpath_enabled(False)
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module, (values, contents) in attributes.items():
-            module.__dict__.clear()
-            module.__dict__.update(values)
-            for container, content in contents:
-                container.clear()
-                container.update(content)
-
-
-@contextlib.contextmanager
-def _buffers_as_found(model: nn.Module) -> Iterator[None]:
-    """Values of the buffers as before: some models count or collect in evaluation mode too."""
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in buffers and not torch.equal(buffer, buffers[name]):
-                    buffer.copy_(buffers[name])
-
-
-def _copied_attributes(module: nn.Module) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
-    """The module's attributes, and the contents of its dicts and sets (parameters, buffers, hooks, own caches)."""
-    values = dict(module.__dict__)
-    return values, [(value, value.copy()) for value in values.values() if isinstance(value, (dict, set))]
-
-
-@contextlib.contextmanager
 def _markers(model: nn.Module, leaves: dict[str, OpaqueLeaf]) -> Iterator[None]:
     """Recognised modules and opaque leaves call their marker while this is open."""
     patched = []
@@ -398,7 +363,8 @@ def _register_dataclasses(model: nn.Module, args: tuple[Any, ...], kwargs: dict[
     """Dataclasses among inputs and outputs must be known to torch's pytree before export."""
     model.eval()
     try:
-        with torch.no_grad(), _buffers_as_found(model):
+        with torch.no_grad(), buffers_as_found(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the user hears them when the model runs in earnest
             output = model(*args, **kwargs)
     except Exception as error:
         raise CaptureError(

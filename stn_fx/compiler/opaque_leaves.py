@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from stn_fx.compiler.casts import without_autocast
 from stn_fx.errors import CaptureError
 from stn_fx.rules.opaque import OpaqueLeaf, opaque_function
 from stn_fx.rules.tangent import differentiable, linearize
@@ -64,7 +65,8 @@ def opaque_leaf(
         sizes_out, [o.dtype for o in call.outputs if isinstance(o, Tensor)],
         next(((i, a, m) for i, axes in enumerate(sizes_in) for a, (_, m) in enumerate(axes) if m), None),
     )  # fmt: skip
-    _prove_tangent(leaf, [a for a in call.arguments if isinstance(a, Tensor)])
+    with without_autocast(module):
+        _prove_tangent(leaf, [_in_full(a, module) for a in call.arguments if isinstance(a, Tensor)])
     return leaf
 
 
@@ -146,6 +148,12 @@ def _prove_tangent(leaf: OpaqueLeaf, inputs: list[Tensor]) -> None:
             leaf.name, leaf.reason,
             f"its gradient is not the derivative of its forward ({adjoint:.3g} against {expected:.3g} by differences)",
         )  # fmt: skip
+
+
+def _in_full(value: Tensor, module: nn.Module) -> Tensor:
+    """What autocast has cast down is cast up again, since differences need the precision."""
+    low = (torch.bfloat16, torch.float16)
+    return value if value.dtype not in low or any(p.dtype in low for p in module.parameters()) else value.float()
 
 
 def _tuple(value: Any) -> tuple[Tensor, ...]:

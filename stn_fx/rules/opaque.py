@@ -1,8 +1,9 @@
 """Opaque leaves: modules that cannot be captured run as themselves, and a tangent passes through them all the same.
 
 During capture such a module calls a marker operator, which brings it into the graph as a single node.  In the base pass
-it is the user's live module, so its parameters are trained as ever; its parameters do not respond.  In the linearized
-pass it is a function of its inputs: parameters detached, buffers as they were, random draws repeated in the backward.
+it is the user's live module, so its parameters are trained as ever; they do not respond, and a branch is taken for the
+batch as a whole, as the module itself does.  In the linearized pass it is a function of its inputs: parameters
+detached, buffers as they were, random draws repeated in the backward.
 """
 
 import contextlib
