@@ -19,6 +19,7 @@ from stn_fx.errors import InputError, StnError
 from stn_fx.hparams import Hyperparameter, HyperparameterSpace, parse_hparams
 from stn_fx.rules import Registry, load_builtin_rules
 from stn_fx.rules.structure import LowRank, Response
+from stn_fx.rules.tangent import differentiable
 
 HparamsArgument = str | Iterable[str | Hyperparameter] | Hyperparameter | None
 
@@ -54,11 +55,6 @@ def transform(
         raise InputError("This module is already a SelfTuningModule. Pass the user's own model.")
     if response != "rowwise" and not isinstance(response, LowRank):
         raise InputError(f"response={response!r} is neither 'rowwise' nor LowRank(r).")
-    lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
-    if lazy:
-        raise InputError(
-            f"{', '.join(lazy[:4])}: not initialised yet (a lazy module). Run one batch through the model."
-        )
     stn = SelfTuningModule(model, hparams, batch_axis, response, rules, seed)
     if example_inputs is not None:
         stn.compile_for(example_inputs)
@@ -342,7 +338,7 @@ def tree_detached(tree: Any) -> Any:
 
 
 def _full_tangent(primal: Any, tangent: Any) -> Any:
-    if not isinstance(primal, Tensor) or not primal.is_floating_point():
+    if not differentiable(primal):
         return None if tangent is None else tangent
     return torch.zeros_like(primal) if tangent is None else tangent
 

@@ -182,9 +182,10 @@ def assert_base_gradients(subject: Subject, batch: int) -> None:
 
 
 def _gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(trained.items(), found, strict=True)}
+    loss.backward()  # reentrant checkpoints refuse torch.autograd.grad
+    found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    model.zero_grad()
+    return found
 
 
 def assert_response_pass(subject: Subject, batch: int) -> None:
@@ -427,6 +428,17 @@ class rates_off:
     def __exit__(self, *_: object) -> None:
         with torch.no_grad():
             self.stn.hparams.raw.copy_(self.kept)
+
+
+def fingerprint(model: nn.Module) -> Any:
+    """Everything about a module that a wrapper could disturb."""
+    state = {name: (value.dtype, value.numpy().tobytes()) for name, value in model.state_dict().items()}
+    modules = [
+        (name, type(m), m.training, sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks))
+        for name, m in model.named_modules()
+    ]
+    parameters = [(name, id(p), p.requires_grad, p.grad is None) for name, p in model.named_parameters()]
+    return copy.deepcopy((state, modules, parameters, torch.backends.mha.get_fastpath_enabled()))
 
 
 def conditioned_share(stn: Any) -> float:

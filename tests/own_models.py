@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from rule_cases import Case, Fn, noise, sequence_first, tokens
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 SITES = "dropout(shared),weight_decay"
 OWN: list[Case] = []
@@ -275,3 +276,49 @@ def with_shared_block() -> nn.Module:
 
 
 own("one block used twice", with_shared_block, noise(5))
+
+
+# ---- complex values
+
+
+class FourierMixing(nn.Module):
+    """A learned complex filter on the spectrum of a sequence, as in global filter networks."""
+
+    def __init__(self, length: int = 6) -> None:
+        super().__init__()
+        self.layer, self.drop, self.head = nn.Linear(5, WIDTH), nn.Dropout(0.1), nn.Linear(WIDTH, 3)
+        self.filter = nn.Parameter(torch.randn(length // 2 + 1, WIDTH, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x)
+        spectrum = torch.fft.rfft(x, dim=1, norm="ortho") * torch.view_as_complex(self.filter)
+        return self.head(self.drop(torch.fft.irfft(spectrum, n=x.shape[1], dim=1, norm="ortho").tanh()))
+
+
+own("a filter of the spectrum", FourierMixing, noise(6, 5), structures=("exact",))
+own(
+    "absolute values of a spectrum",
+    lambda: Fn(
+        lambda m, x: m.g(m.d(torch.fft.rfft(m.f(x)).abs())), f=nn.Linear(5, 6), d=nn.Dropout(0.2), g=nn.Linear(4, 3)
+    ),
+    noise(5),
+)
+
+# ---- recomputation in the backward
+
+
+def checkpointed(use_reentrant: bool) -> nn.Module:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        x = checkpoint(m.block, m.stem(x), use_reentrant=use_reentrant)
+        return m.head(x)
+
+    return Fn(
+        forward,
+        stem=nn.Linear(5, 6),
+        block=nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.Dropout(0.2)),
+        head=nn.Linear(6, 3),
+    )
+
+
+own("activation checkpointing", lambda: checkpointed(False), noise(5))
+own("activation checkpointing, reentrant", lambda: checkpointed(True), noise(5), tangents=False)

@@ -58,6 +58,13 @@ class NormGate(Gate):
         return self.norm(super().forward(x))
 
 
+class Mapped(Gate):
+    """A torch.func transform inside of a forward, which traces but does not make a plain graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(self.positive)(x) + self.negative(x)
+
+
 class Swish(torch.autograd.Function):
     """A Function of the user's own with the right backward."""
 
@@ -114,7 +121,9 @@ def numeric_tangent(subject: Subject, batch: int) -> None:
 
 @pytest.mark.parametrize("response", ["rowwise", stn_fx.LowRank(2)], ids=["row-wise", "low-rank"])
 @pytest.mark.parametrize(
-    "middle", [Gate, RandomGate, NormGate, lambda: Applied(Swish)], ids=["branch", "random", "norm", "Function"]
+    "middle",
+    [Gate, RandomGate, NormGate, Mapped, lambda: Applied(Swish)],
+    ids=["branch", "random", "norm", "vmap", "Function"],
 )
 def test_a_module_that_cannot_be_captured_runs_as_itself(middle: Callable[[], nn.Module], response: str) -> None:
     subject = Subject(around(middle), noise(5), SITES, response)
@@ -241,6 +250,35 @@ def test_an_opaque_leaf_is_not_written_down_as_code(tmp_path) -> None:
     stn = stn_fx.transform(around(Gate)().double(), SITES, noise(5)(3))
     with pytest.raises(StnError, match="2 cannot be captured"):
         emit(stn.compiled, stn, tmp_path / "code.py")
+
+
+def test_under_autocast_it_runs_as_the_users_own() -> None:
+    x = noise(5)(4)[0].float()
+    stn = stn_fx.transform(around(NormGate)(), SITES, (x,))
+    spread(stn)
+    raw = stn.hparams.raw.detach() + torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
+    full = stn.eval().linearize(x, raw=raw)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(stn.respond(x), stn.model(x), rtol=2e-2, atol=1e-2)
+        tangent = stn.linearize(x, raw=raw)[1]
+    assert tangent.dtype == torch.bfloat16
+    torch.testing.assert_close(tangent.float(), full, rtol=5e-2, atol=2e-2)
+
+
+# ---- places where the batch is undecided
+
+
+def test_a_parameter_where_the_batch_is_undecided_does_not_respond_and_is_named() -> None:
+    model = Fn(lambda m, x: (m.f(x), m.g(x.mean(0, keepdim=True))), f=nn.Linear(5, 4), g=nn.Linear(5, 2)).double()
+    stn = stn_fx.transform(model, "weight_decay", noise(5)(3))
+    spread(stn)
+    assert set(stn.report.unconditioned) == {"g.weight", "g.bias"}
+    assert all("undecided" in reason and " g" in reason for reason in stn.report.unconditioned.values())
+    (x,) = noise(5)(4)
+    raw = stn.hparams.raw.detach() + torch.randn(4, 1, dtype=torch.float64)
+    ours, theirs = stn.eval().respond(x, raw=raw), model.eval()(x)
+    torch.testing.assert_close(ours[1], theirs[1])
+    assert not torch.equal(ours[0], theirs[0])
 
 
 # ---- operators without a forward mode

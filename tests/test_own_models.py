@@ -27,6 +27,7 @@ RESPONSES: dict[str, Any] = {"row-wise": "rowwise", "low-rank": stn_fx.LowRank(2
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")  # nn.Transformer's own words about its default
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # reentrant checkpoints in evaluation
 @pytest.mark.parametrize("response", RESPONSES)
 @pytest.mark.parametrize("each", OWN, ids=lambda each: each.name)
 def test_own_model(each: Case, response: str) -> None:

@@ -21,11 +21,13 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
+from stn_fx.compiler.as_found import buffers_as_found, left_as_found
 from stn_fx.compiler.casts import ambient_autocast, cast_explicitly
 from stn_fx.compiler.cells import expand_cells
-from stn_fx.compiler.failures import failing_place, root_cause
-from stn_fx.compiler.functionalize import NO_GRAD, functionalize
-from stn_fx.compiler.opaque_leaves import opaque_leaf
+from stn_fx.compiler.failures import FailingPlace, failing_place, root_cause
+from stn_fx.compiler.functionalize import NO_GRAD, functionalize, module_path
+from stn_fx.compiler.opaque_leaves import one_more, opaque_leaf
+from stn_fx.compiler.preconditions import require_output
 from stn_fx.compiler.stand_ins import AllLayersRun, functions_stand_in, stand_in
 from stn_fx.errors import CaptureError, InputError
 from stn_fx.rules.opaque import OpaqueLeaf
@@ -91,18 +93,18 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], bat
     notes: list[str] = []
     flat = _at_least_two_examples(flat, batch_axes, notes)
     args, kwargs = pytree.tree_unflatten(flat, spec)
-    with _left_as_found(model):
+    with left_as_found(model):
         _register_dataclasses(model, args, kwargs)
     leaves: dict[str, OpaqueLeaf] = {}
     while True:
         try:
             return _capture_around(model, flat, spec, batch_axes, leaves, notes)
         except CaptureError as error:
-            place = failing_place(error, model)
-            if place is None or not place.module or place.module in leaves:
+            place = failing_place(error, model) or FailingPlace(error.module, "")
+            if not place.module or place.module in leaves:
                 raise
-            reason = f"{place.line}: {_first_lines(root_cause(error), 1)}"
-            with _left_as_found(model):
+            reason = f"{_in_short(root_cause(error))}, {place.line}" if place.line else str(error)
+            with left_as_found(model), buffers_as_found(model):
                 leaves[place.module] = opaque_leaf(model, place.module, reason, flat, spec, batch_axes)
 
 
@@ -119,7 +121,7 @@ def _capture_around(
     constants: dict[str, Tensor] = {}
     graphs = {}
     for training in (True, False):
-        with _left_as_found(model), _markers(model, leaves):
+        with left_as_found(model), _markers(model, leaves):
             _set_mode(model, training)
             if training:
                 flags = tuple(module.training for module in model.modules())
@@ -158,13 +160,42 @@ def _export(
                     notes.append(draws.note)
                 return program
         mode = "training" if training else "evaluation"
-        place = failing_place(error, model)
-        where = f" At {place.module or 'the model itself'}, {place.line}" if place is not None else ""
+        if "Constraints violated (batch)" in str(error):
+            raise _fixed_batch(model, args, kwargs, flat, batch_axes) from error
         raise CaptureError(
-            f"{type(model).__name__} could not be captured in {mode} mode with a dynamic batch.{where}\n"
+            f"{type(model).__name__} could not be captured in {mode} mode with a dynamic batch{_at(error, model)}.\n"
             f"Reason: {_first_lines(error)}\nRemedy: make the forward independent of the data's values and of the "
             f"batch size, name the batch axis with batch_axis=, or pass inputs of the usual shape."
         ) from error
+
+
+def _at(error: BaseException, model: nn.Module) -> str:
+    place = failing_place(error, model)
+    return "" if place is None else f", at {place.module or 'the model itself'} ({place.line})"
+
+
+def _fixed_batch(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    flat: list[Any],
+    batch_axes: list[int | None],
+) -> CaptureError:
+    """The model takes batches of one size only; run with one example more, it may say where."""
+    size = next(v.shape[a] for v, a in zip(flat, batch_axes, strict=True) if a is not None)
+    where = ""
+    model.eval()
+    try:
+        more = pytree.tree_unflatten(one_more(flat, batch_axes), pytree.tree_structure((args, kwargs)))
+        with torch.no_grad(), buffers_as_found(model):
+            model(*more[0], **more[1])
+    except Exception as other:
+        where = _at(other, model)
+    return CaptureError(
+        f"{type(model).__name__} fixes the batch size to {size}{where}.\nRemedy: take it from the input where it is "
+        f"needed, as in x.view(x.shape[0], -1), without int(), range() or a loop over the examples; or name the batch "
+        f"axis with batch_axis=, if it is not the one of size {size}."
+    )
 
 
 @contextlib.contextmanager
@@ -205,6 +236,13 @@ def _quietly() -> Iterator[None]:
             yield
     finally:
         log.setLevel(level)
+
+
+def _in_short(error: BaseException) -> str:
+    """The usual causes in the user's words."""
+    if "DataDependent" in type(error).__name__:
+        return "a branch or a number that depends on the data's values"
+    return str(error) if isinstance(error, CaptureError) else _first_lines(error, 1)
 
 
 def _first_lines(error: BaseException, count: int = 8) -> str:
@@ -263,7 +301,8 @@ def _inline_regions(module: torch.fx.GraphModule) -> Graph:
         if node.target.name() not in ("wrap_with_set_grad_enabled", "wrap_with_autocast") or len(bodies) != 1:
             raise CaptureError(
                 f"The forward uses {node.target.name()}, which stn_fx cannot look into. Remedy: write it as plain "
-                f"tensor code, or leave that module out of the captured forward."
+                f"tensor code, or leave that module out of the captured forward.",
+                module_path(node),
             )
         body = env[bodies[0]]
         operands = node.args[node.args.index(bodies[0]) + 1 :]
@@ -338,35 +377,6 @@ def _set_mode(model: nn.Module, training: bool) -> None:
 
 
 @contextlib.contextmanager
-def _left_as_found(model: nn.Module) -> Iterator[None]:
-    """Modes, attributes, global generators and the attention fast path as before, whatever happens inside.
-
-    Attributes too: some models cache tensors in forward, and a cached tensor of the tracer would stay in the model.
-    """
-    attributes = {module: _copied_attributes(module) for module in model.modules()}
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(devices=[d for d in devices if d is not None]):
-            torch.backends.mha.set_fastpath_enabled(False)
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module, (values, contents) in attributes.items():
-            module.__dict__.clear()
-            module.__dict__.update(values)
-            for container, content in contents:
-                container.clear()
-                container.update(content)
-
-
-def _copied_attributes(module: nn.Module) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
-    """The module's attributes, and the contents of its dicts and sets (parameters, buffers, hooks, own caches)."""
-    values = dict(module.__dict__)
-    return values, [(value, value.copy()) for value in values.values() if isinstance(value, (dict, set))]
-
-
-@contextlib.contextmanager
 def _markers(model: nn.Module, leaves: dict[str, OpaqueLeaf]) -> Iterator[None]:
     """Recognised modules and opaque leaves call their marker while this is open."""
     patched = []
@@ -389,25 +399,18 @@ def _markers(model: nn.Module, leaves: dict[str, OpaqueLeaf]) -> Iterator[None]:
 
 def _register_dataclasses(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Dataclasses among inputs and outputs must be known to torch's pytree before export."""
-    training = {module: module.training for module in model.modules()}
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), buffers_as_found(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the user hears them when the model runs in earnest
             output = model(*args, **kwargs)
     except Exception as error:
         raise CaptureError(
-            f"{type(model).__name__} does not run on the example inputs: {_first_lines(error, 3)}\nRemedy: pass "
-            f"example_inputs of the shape, dtype and device that the model expects."
+            f"{type(model).__name__} does not run on the example inputs{_at(error, model)}: "
+            f"{_first_lines(error, 3)}\nRemedy: pass example_inputs of the shape, dtype and device that it expects."
         ) from error
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in buffers and not torch.equal(buffer, buffers[name]):
-                    buffer.copy_(buffers[name])
     register_dataclasses(output)
+    require_output(model, output)
 
 
 def register_dataclasses(value: Any) -> None:

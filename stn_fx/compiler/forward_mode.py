@@ -9,7 +9,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from stn_fx.rules import Registry
-from stn_fx.rules.tangent import is_differentiable, load_forward_mode
+from stn_fx.rules.tangent import differentiable, load_forward_mode
 
 _REFUSAL = "forward AD"
 
@@ -29,7 +29,7 @@ def _is_refused(node: Node) -> bool:
     """Ask torch on the captured (fake) values."""
     arguments = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta.get("val"))
     leaves, spec = pytree.tree_flatten(arguments)
-    floating = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and is_differentiable(leaf)]
+    floating = [i for i, leaf in enumerate(leaves) if differentiable(leaf)]
     if not floating:
         return False
 
@@ -39,7 +39,7 @@ def _is_refused(node: Node) -> bool:
             filled[index] = value
         args, kwargs = pytree.tree_unflatten(filled, spec)
         outputs = node.target(*args, **kwargs)  # type: ignore[operator]
-        return tuple(o for o in pytree.tree_leaves(outputs) if isinstance(o, Tensor) and is_differentiable(o))
+        return tuple(o for o in pytree.tree_leaves(outputs) if differentiable(o))
 
     primals = tuple(leaves[i].detach() for i in floating)
     load_forward_mode()

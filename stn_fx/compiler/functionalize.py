@@ -125,7 +125,8 @@ class _Functionalizer:
         else:
             raise CaptureError(
                 f"{where(view)}: an in-place operator changes a view made by {target}, which cannot be written back "
-                f"into its base. Write the change out of place (x = x.add(...) instead of x.add_(...))."
+                f"into its base. Write the change out of place (x = x.add(...) instead of x.add_(...)).",
+                module_path(view),
             )
         new.meta = dict(parent.meta)
         return new
@@ -155,7 +156,8 @@ def _functional_form(node: Node) -> tuple[Any, tuple[Any, ...] | None]:
         return without_out, None
     raise CaptureError(
         f"{where(node)}: {node.target} changes a tensor in place and has no functional counterpart. Write it out of "
-        f"place, or add a rule for the module."
+        f"place, or add a rule for the module.",
+        module_path(node),
     )
 
 
@@ -176,7 +178,14 @@ def shares_storage(node: Node, other: Node) -> bool:
     left, right = node.meta.get("val"), other.meta.get("val")
     if not isinstance(left, Tensor) or not isinstance(right, Tensor) or node.target is operator.getitem:
         return False
-    return left.untyped_storage()._cdata == right.untyped_storage()._cdata
+    try:
+        return left.untyped_storage()._cdata == right.untyped_storage()._cdata
+    except NotImplementedError as error:
+        raise CaptureError(
+            f"{where(node)}: a torch.func transform (vmap, grad, jvp) inside of a forward cannot be captured. Write it "
+            f"as plain tensor code.",
+            module_path(node),
+        ) from error
 
 
 def _same_elements(view: Node, parent: Node) -> bool:

@@ -20,7 +20,7 @@ from stn_fx.rules.drop_path import drop_path_site
 from stn_fx.rules.dropout import dropout_site
 from stn_fx.rules.input_sites import cutout_site, input_dropout_site
 from stn_fx.rules.layout import BatchLayout
-from stn_fx.rules.tangent import is_differentiable
+from stn_fx.rules.tangent import differentiable
 
 aten = torch.ops.aten
 PROBE_EXAMPLES, POISONED = 3, 1
@@ -112,23 +112,26 @@ def _poisoned_rows(
             env[node] = _probe_placeholder(node, captured, inputs, state, generator)
             if node.name in inputs and inputs[node.name][1] is not None:
                 depends.add(node)
-                if isinstance(env[node], Tensor) and env[node].is_floating_point():
+                if differentiable(env[node]):
                     _poison(env[node], inputs[node.name][1])
                     carries.add(node)
         else:
             # Sizes carry no example's values: an expanded class token depends on none.
             sources = {n for n in node.all_input_nodes if isinstance(env[n], (Tensor, tuple, list))}
-            env[node] = _run_poisoned(node, env, captured) if sources & carries else run_node(node, env)
+            poisoned = {n: env[n] for n in sources & carries}
+            if _is_integer(node.meta.get("val")):  # a NaN would become an index out of range
+                poisoned = {n: torch.nan_to_num(v) if differentiable(v) else v for n, v in poisoned.items()}
+            env[node] = _run_poisoned(node, env | poisoned, captured)
             if sources & depends:
                 depends.add(node)
-            if sources & carries:
+            if sources & carries and not _is_integer(node.meta.get("val")):
                 carries.add(node)
             elif node in depends and _can_poison(node, captured):
                 env[node] = env[node].clone()
                 _poison(env[node], next(iter(symbolic_axes(node.meta["val"], captured.batch_symbol))))
                 carries.add(node)
         value = env[node]
-        if node in carries and isinstance(value, Tensor) and is_differentiable(value):
+        if node in carries and differentiable(value):
             axes = symbolic_axes(node.meta["val"], captured.batch_symbol)
             bad = value.isnan()
             found[node] = {axis: _rows(bad, axis) for axis in axes}
@@ -151,9 +154,13 @@ def _poisoned_like(value: Any, symbol: Any) -> Any:
     sizes = [int(s.node.expr.subs(symbol, PROBE_EXAMPLES)) if isinstance(s, torch.SymInt) else s for s in value.shape]
     made = torch.ones(sizes, dtype=value.dtype)
     axes = symbolic_axes(value, symbol)
-    if is_differentiable(made) and list(axes.values()) == [1]:
+    if differentiable(made) and list(axes.values()) == [1]:
         _poison(made, next(iter(axes)))
     return made
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Tensor) and not differentiable(value) and value.dtype != torch.bool
 
 
 def _last_uses(captured: CapturedGraph) -> dict[int, list[Node]]:
@@ -179,7 +186,7 @@ def _poison(value: Tensor, axis: int) -> None:
 
 def _can_poison(node: Node, captured: CapturedGraph) -> bool:
     value = node.meta.get("val")
-    if not isinstance(value, Tensor) or not value.is_floating_point():
+    if not differentiable(value):
         return False
     axes = symbolic_axes(value, captured.batch_symbol)
     return len(axes) == 1 and next(iter(axes.values())) == 1

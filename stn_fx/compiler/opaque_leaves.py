@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from stn_fx.compiler.casts import without_autocast
 from stn_fx.errors import CaptureError
 from stn_fx.rules.opaque import OpaqueLeaf, opaque_function
-from stn_fx.rules.tangent import linearize
+from stn_fx.rules.tangent import differentiable, linearize
 
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 3e-2}
 """Of a central difference against the derivative, by the precision that the module runs in."""
@@ -45,7 +46,7 @@ def opaque_leaf(
     batch = next(v.shape[a] for v, a in zip(flat, batch_axes, strict=True) if a is not None)
     try:
         first = _calls(model, module, flat, spec)
-        second = _calls(model, module, _one_more(flat, batch_axes), spec)
+        second = _calls(model, module, one_more(flat, batch_axes), spec)
     except Exception as error:  # whatever the user's code raises
         raise _refusal(name, reason, f"with one example more the model does not run ({error})") from error
     alike = first and len(first) == len(second)
@@ -64,7 +65,8 @@ def opaque_leaf(
         sizes_out, [o.dtype for o in call.outputs if isinstance(o, Tensor)],
         next(((i, a, m) for i, axes in enumerate(sizes_in) for a, (_, m) in enumerate(axes) if m), None),
     )  # fmt: skip
-    _prove_tangent(leaf, [a for a in call.arguments if isinstance(a, Tensor)])
+    with without_autocast(module):
+        _prove_tangent(leaf, [_in_full(a, module) for a in call.arguments if isinstance(a, Tensor)])
     return leaf
 
 
@@ -86,7 +88,7 @@ def _calls(model: nn.Module, module: nn.Module, flat: list[Any], spec: pytree.Tr
     return calls
 
 
-def _one_more(flat: list[Any], batch_axes: list[int | None]) -> list[Any]:
+def one_more(flat: list[Any], batch_axes: list[int | None]) -> list[Any]:
     """The inputs with their first example once more at the end."""
     return [v if a is None else torch.cat([v, v.narrow(a, 0, 1)], a) for v, a in zip(flat, batch_axes, strict=True)]
 
@@ -110,7 +112,7 @@ def _tensors(leaves: list[Any]) -> list[int]:
 
 def _prove_tangent(leaf: OpaqueLeaf, inputs: list[Tensor]) -> None:
     """Choose how the tangent passes, by central differences of the evaluated module; refuse what is no derivative."""
-    floating = [i for i, value in enumerate(inputs) if value.is_floating_point()]
+    floating = [i for i, value in enumerate(inputs) if differentiable(value)]
     generator = torch.Generator().manual_seed(0)
     primals = tuple(inputs[i].detach() for i in floating)
     directions = tuple(torch.randn(p.shape, generator=generator).to(p) for p in primals)
@@ -120,7 +122,7 @@ def _prove_tangent(leaf: OpaqueLeaf, inputs: list[Tensor]) -> None:
         for index, value in zip(floating, values, strict=True):
             arguments[index] = value
         outputs = opaque_function(arguments, leaf.key, False)
-        return tuple(output for output in outputs if output.is_floating_point())
+        return tuple(output for output in outputs if differentiable(output))
 
     if not floating or not function(*primals):
         return
@@ -140,7 +142,7 @@ def _prove_tangent(leaf: OpaqueLeaf, inputs: list[Tensor]) -> None:
     pulled: tuple[Any, ...] = (None,)
     if outputs:
         pulled = torch.autograd.grad([o for o, _ in outputs], live, [c for _, c in outputs], allow_unused=True)
-    adjoint = sum(float((g * d).sum()) for g, d in zip(pulled, directions, strict=False) if g is not None)
+    adjoint = sum(float((g.conj() * d).sum().real) for g, d in zip(pulled, directions, strict=False) if g is not None)
     if abs(adjoint - expected) >= tolerance:
         raise _refusal(
             leaf.name, leaf.reason,
@@ -148,12 +150,18 @@ def _prove_tangent(leaf: OpaqueLeaf, inputs: list[Tensor]) -> None:
         )  # fmt: skip
 
 
+def _in_full(value: Tensor, module: nn.Module) -> Tensor:
+    """What autocast has cast down is cast up again, since differences need the precision."""
+    low = (torch.bfloat16, torch.float16)
+    return value if value.dtype not in low or any(p.dtype in low for p in module.parameters()) else value.float()
+
+
 def _tuple(value: Any) -> tuple[Tensor, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
 def _inner(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> float:
-    return float(sum((a * b).sum() for a, b in zip(left, right, strict=True)))
+    return float(sum((a.conj() * b).sum().real for a, b in zip(left, right, strict=True)))
 
 
 def _norm(value: Tensor) -> float:

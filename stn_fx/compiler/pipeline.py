@@ -15,6 +15,7 @@ from stn_fx.compiler.functionalize import module_path
 from stn_fx.compiler.layouts import analyse_layouts, symbolic_axes
 from stn_fx.compiler.plan import Plan
 from stn_fx.compiler.planner import AnalysedGraph, plan_parameters, plan_sites
+from stn_fx.compiler.preconditions import require_batch, require_trainable
 from stn_fx.compiler.rewrite import rewrite
 from stn_fx.compiler.sites import choose_insertions, find_sites, insert_sites
 from stn_fx.compiler.uses import ParameterFlow, find_uses
@@ -22,6 +23,7 @@ from stn_fx.errors import BatchLayoutError, CaptureError, InputError
 from stn_fx.hparams import Selection
 from stn_fx.rules import Registry
 from stn_fx.rules.structure import LowRank
+from stn_fx.rules.tangent import differentiable
 
 BatchAxis = int | Sequence[int | None] | Mapping[str, int | None] | None
 
@@ -58,12 +60,7 @@ def compile_model(
         BatchLayoutError: no input axis can be the batch, or a chosen site's batch layout is undecided.
         UnknownHyperparameterError: a selection matches nothing in this model.
     """
-    if not any(True for _ in model.parameters()):
-        raise InputError(f"{type(model).__name__} has no parameters, so there is nothing to train or to condition.")
-    if not any(p.requires_grad for p in model.parameters()):
-        raise InputError(
-            f"Every parameter of {type(model).__name__} is frozen (requires_grad=False). Unfreeze those to be trained."
-        )
+    require_trainable(model)
     captured, note = _capture_with_batch_axis(model, args, kwargs, batch_axis)
     state = state_tensors(model, captured)
     names = canonical_names(model)
@@ -109,7 +106,8 @@ def _fallback_notes(captured: CapturedModel, graphs: Iterable[AnalysedGraph], re
         f"{node.target} at {module_path(node) or 'the model'}"
         for graph in graphs
         for node in graph.captured.graph.nodes
-        if node in graph.flow.carries_batch and lacks_forward_mode(node, registry)
+        if any(n in graph.flow.carries_batch and differentiable(n.meta.get("val")) for n in node.all_input_nodes)
+        and lacks_forward_mode(node, registry)
     }
     if lacking:
         yield f"no forward mode, so tangents pass by central differences: {', '.join(sorted(lacking))}"
@@ -156,9 +154,8 @@ def _capture_with_batch_axis(
 ) -> tuple[CapturedModel, str]:
     """Capture with the batch axis that the caller names, else with the first of 0 and 1 that the probe confirms."""
     register_dataclasses((args, kwargs))
+    require_batch(args, kwargs)
     flat = pytree.tree_leaves((args, kwargs))
-    if not any(isinstance(value, Tensor) and value.ndim for value in flat):
-        raise InputError("The example inputs hold no tensor with a batch axis. Pass a batch as the model takes it.")
     if batch_axis is not None:
         captured = capture(model, args, kwargs, _named_axes(flat, batch_axis))
         if not _outputs_are_decided(model, captured):
@@ -184,7 +181,8 @@ def _capture_with_batch_axis(
         raise failure
     raise BatchLayoutError(
         f"No axis of the inputs of {type(model).__name__} can be the batch: along axis 0 and 1 the examples are not "
-        f"independent in the outputs. Name it with batch_axis= (an int, or one per input)."
+        f"independent in the outputs, or the outputs have no axis for them. Return one row per example, or name the "
+        f"axis with batch_axis= (an int, or one per input)."
     )
 
 

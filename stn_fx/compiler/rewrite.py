@@ -26,7 +26,7 @@ from stn_fx.rules import Registry, Rule
 from stn_fx.rules.per_example import per_example, per_example_tangent
 from stn_fx.rules.rule import Layout, StructuredChange
 from stn_fx.rules.structure import exact_change, row_scales
-from stn_fx.rules.tangent import is_differentiable, linearize
+from stn_fx.rules.tangent import differentiable, linearize
 
 aten = torch.ops.aten
 SIGNATURE = ("state", "response", "values", "delta", "draws")
@@ -143,7 +143,7 @@ class GraphEmitter:
         result = self.call(operator_tangent, node.target, arguments, options, tangents, **forward_mode)
         if not isinstance(outputs, (tuple, list)):
             return result
-        floating = [i for i, v in enumerate(outputs) if isinstance(v, Tensor) and is_differentiable(v)]
+        floating = [i for i, v in enumerate(outputs) if differentiable(v)]
         parts: list[Any] = [None] * len(outputs)
         for position, index in enumerate(floating):
             parts[index] = self.item(result, position) if len(floating) > 1 else result
@@ -293,7 +293,7 @@ class GraphEmitter:
     def floating(self, node: Node) -> bool:
         value = node.meta.get("val")
         values = value if isinstance(value, (tuple, list)) else [value]
-        return any(isinstance(each, Tensor) and is_differentiable(each) for each in values)
+        return any(differentiable(each) for each in values)
 
     def static_size(self, node: Node, axis: int) -> int:
         return int(node.meta["val"].shape[axis])
@@ -393,7 +393,7 @@ def operator_tangent(
     """Tangent of any operator; ``tangents`` has one entry (or None) for each tensor in the arguments."""
     leaves, spec = pytree.tree_flatten((arguments, options))
     where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    floating = [(i, t) for i, t in zip(where, tangents, strict=True) if is_differentiable(leaves[i])]
+    floating = [(i, t) for i, t in zip(where, tangents, strict=True) if differentiable(leaves[i])]
 
     def on_tensors(*values: Tensor) -> Any:
         filled = list(leaves)

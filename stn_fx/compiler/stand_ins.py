@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -64,6 +65,9 @@ def functions_stand_in() -> Iterator[None]:
 
     def refused(cls: type, *args: Any, **kwargs: Any) -> Any:
         """A captured graph would hold the Function's forward only, and differentiate that."""
+        if cls is torch.utils.checkpoint.CheckpointFunction:  # its forward runs without gradients
+            function, _, *arguments = args
+            return function(*arguments)
         if cls.__module__.partition(".")[0] in ("torch", "stn_fx"):
             return apply.__get__(None, cls)(*args, **kwargs)
         raise CaptureError(f"{cls.__name__} is a torch.autograd.Function, and a graph would lose its backward")

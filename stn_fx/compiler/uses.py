@@ -19,7 +19,7 @@ from stn_fx.compiler.functionalize import module_path
 from stn_fx.compiler.layouts import symbolic_axes
 from stn_fx.rules import Registry
 from stn_fx.rules.layout import BatchLayout
-from stn_fx.rules.tangent import is_differentiable
+from stn_fx.rules.tangent import differentiable
 
 aten = torch.ops.aten
 
@@ -73,7 +73,7 @@ class ParameterFlow:
         if shaped or any(n in self.carries_batch for n in tensors):
             self.carries_batch.add(node)
             return
-        if node.target is aten.detach.default or (isinstance(value, Tensor) and not is_differentiable(value)):
+        if node.target is aten.detach.default or (isinstance(value, Tensor) and not differentiable(value)):
             return
         sources = set().union(*(self.sources.get(n, set()) for n in tensors))
         if sources:
@@ -113,7 +113,7 @@ def _without_gradient(captured: CapturedGraph, flow: ParameterFlow) -> set[str]:
     learning: set[Node] = set()
     for node in reversed(captured.graph.nodes):
         value = node.meta.get("val")
-        stops = node.target is aten.detach.default or (isinstance(value, Tensor) and not is_differentiable(value))
+        stops = node.target is aten.detach.default or (isinstance(value, Tensor) and not differentiable(value))
         if node.op == "output" or (node in learning and not stops):
             learning.update(node.all_input_nodes)
         if node in flow.carries_batch:

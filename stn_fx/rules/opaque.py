@@ -1,8 +1,9 @@
 """Opaque leaves: modules that cannot be captured run as themselves, and a tangent passes through them all the same.
 
 During capture such a module calls a marker operator, which brings it into the graph as a single node.  In the base pass
-it is the user's live module, so its parameters are trained as ever; its parameters do not respond.  In the linearized
-pass it is a function of its inputs: parameters detached, buffers as they were, random draws repeated in the backward.
+it is the user's live module, so its parameters are trained as ever; they do not respond, and a branch is taken for the
+batch as a whole, as the module itself does.  In the linearized pass it is a function of its inputs: parameters
+detached, buffers as they were, random draws repeated in the backward.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stn_fx.rules.rule import REGISTRY, Emitter, Rule
-from stn_fx.rules.tangent import linearize
+from stn_fx.rules.tangent import differentiable, linearize
 
 _KEYS = itertools.count()
 _LEAVES: "weakref.WeakValueDictionary[int, OpaqueLeaf]" = weakref.WeakValueDictionary()
@@ -53,7 +54,9 @@ class OpaqueLeaf:
         """What the module's call does during capture."""
         leaves = pytree.tree_leaves((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        return self._outputs(opaque_marker(tensors, self.key, self.module.training))
+        device = next((tensor.device.type for tensor in tensors), "cpu")
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return self._outputs(opaque_marker(tensors, self.key, self.module.training, autocast))
 
     def arguments(self, tensors: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs) of a call on these tensors."""
@@ -74,14 +77,14 @@ class OpaqueLeaf:
 
 
 @torch.library.custom_op("stn_fx::opaque", mutates_args=())
-def opaque_marker(inputs: list[Tensor], key: int, training: bool) -> list[Tensor]:
+def opaque_marker(inputs: list[Tensor], key: int, training: bool, autocast: torch.dtype | None) -> list[Tensor]:
     """Stands for an opaque leaf in a captured graph; run as it is, it evaluates without a trace."""
     with torch.no_grad():
-        return [tensor.clone() for tensor in opaque_function(inputs, key, False)]
+        return [tensor.clone() for tensor in opaque_function(inputs, key, False, autocast)]
 
 
 @opaque_marker.register_fake
-def _(inputs: list[Tensor], key: int, training: bool) -> list[Tensor]:
+def _(inputs: list[Tensor], key: int, training: bool, autocast: torch.dtype | None) -> list[Tensor]:
     leaf = _LEAVES[key]
     batch: Any = 0
     if leaf.batch_at is not None:
@@ -95,46 +98,49 @@ def _(inputs: list[Tensor], key: int, training: bool) -> list[Tensor]:
     ]  # fmt: skip
 
 
-def opaque_call(inputs: list[Tensor], key: int) -> list[Tensor]:
+def opaque_call(inputs: list[Tensor], key: int, autocast: torch.dtype | None) -> list[Tensor]:
     """Base pass: the user's module itself, in the mode that it is in."""
     leaf = _LEAVES[key]
     args, kwargs = leaf.arguments(inputs)
-    return leaf.tensors_of(leaf.module(*args, **kwargs))
+    with _autocast(inputs, autocast):
+        return leaf.tensors_of(leaf.module(*args, **kwargs))
 
 
-def opaque_respond(inputs: list[Tensor], key: int) -> list[Tensor]:
+def opaque_respond(inputs: list[Tensor], key: int, autocast: torch.dtype | None) -> list[Tensor]:
     """Response pass: the user's module in evaluation mode."""
     with _in_mode(_LEAVES[key].module, False):
-        return opaque_call(inputs, key)
+        return opaque_call(inputs, key, autocast)
 
 
-def opaque_function(inputs: list[Tensor], key: int, training: bool) -> list[Tensor]:
+def opaque_function(
+    inputs: list[Tensor], key: int, training: bool, autocast: torch.dtype | None = None
+) -> list[Tensor]:
     """The module as a function of its inputs: parameters detached, buffers left as they are."""
     leaf = _LEAVES[key]
     args, kwargs = leaf.arguments(inputs)
     state = {name: p.detach() for name, p in leaf.module.named_parameters()}
     state |= {name: buffer.detach().clone() for name, buffer in leaf.module.named_buffers()}
-    with _in_mode(leaf.module, training):
+    with _in_mode(leaf.module, training), _autocast(inputs, autocast):
         return leaf.tensors_of(torch.func.functional_call(leaf.module, state, args, kwargs))
 
 
 def opaque_linearized(
-    inputs: list[Tensor], tangents: list[Tensor | None], key: int, training: bool
+    inputs: list[Tensor], tangents: list[Tensor | None], key: int, training: bool, autocast: torch.dtype | None
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """(outputs, tangents) of the module; an output that is not floating has no tangent."""
     generators = _generator_states(inputs)
     active = [i for i, tangent in enumerate(tangents) if tangent is not None]
-    floating = [i for i in active if inputs[i].is_floating_point()]
+    floating = [i for i in active if differentiable(inputs[i])]
 
     def function(*values: Tensor) -> tuple[Tensor, ...]:
         arguments = list(inputs)
         for index, value in zip(floating, values, strict=True):
             arguments[index] = value
         with _repeated_draws(generators):
-            return tuple(opaque_function(arguments, key, training))
+            return tuple(opaque_function(arguments, key, training, autocast))
 
     with torch.no_grad():
-        outputs = opaque_function(inputs, key, training)
+        outputs = opaque_function(inputs, key, training, autocast)
     if not floating:
         return outputs, [None] * len(outputs)
     found = linearize(
@@ -144,7 +150,7 @@ def opaque_linearized(
         forward_mode=_LEAVES[key].forward_mode,
     )
     parts = iter(found if isinstance(found, tuple) else (found,))
-    return outputs, [next(parts) if output.is_floating_point() else None for output in outputs]
+    return outputs, [next(parts) if differentiable(output) else None for output in outputs]
 
 
 @REGISTRY.register
@@ -155,15 +161,15 @@ class OpaqueRule(Rule):
     targets = (torch.ops.stn_fx.opaque.default,)
 
     def base(self, emit: Emitter, node: Any) -> Any:
-        return emit.call(opaque_call, emit.value(node.args[0]), node.args[1])
+        return emit.call(opaque_call, emit.value(node.args[0]), node.args[1], node.args[3])
 
     def respond(self, emit: Emitter, node: Any) -> Any:
-        return emit.call(opaque_respond, emit.value(node.args[0]), node.args[1])
+        return emit.call(opaque_respond, emit.value(node.args[0]), node.args[1], node.args[3])
 
     def linearize(self, emit: Emitter, node: Any) -> tuple[Any, Any]:
-        inputs, key, training = node.args
+        inputs, key, training, autocast = node.args
         tangents = [emit.tangent(argument) for argument in inputs]
-        both = emit.call(opaque_linearized, emit.value(inputs), tangents, key, training)
+        both = emit.call(opaque_linearized, emit.value(inputs), tangents, key, training, autocast)
         primal = emit.item(both, 0)
         if all(tangent is None for tangent in tangents):
             return primal, None
@@ -181,6 +187,12 @@ def _in_mode(module: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for each, mode in modes:
             each.training = mode
+
+
+def _autocast(inputs: list[Tensor], dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    """Autocast as it was where the module was called during capture; graphs run without."""
+    device = inputs[0].device.type if inputs else "cpu"
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device, dtype)
 
 
 def _generator_states(inputs: list[Tensor]) -> list[tuple[int | None, Tensor]]:

@@ -113,17 +113,17 @@ def load_forward_mode() -> None:
             pass
 
 
+def differentiable(value: Any) -> bool:
+    """Whether a value can have a tangent: floating and complex tensors do."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
 def pointwise(function: TensorFunction, primal: Tensor, tangent: Tensor) -> Tensor:
     """Tangent of an element-wise function of one tensor: its derivative is evaluated once and multiplied."""
     _, pullback = torch.func.vjp(function, primal.detach())[:2]
     with torch.no_grad():
         (derivative,) = pullback(torch.ones_like(primal))
     return tangent * derivative
-
-
-def is_differentiable(value: Tensor) -> bool:
-    """Whether a value of this dtype can have a tangent."""
-    return value.is_floating_point() or value.is_complex()
 
 
 def _as_tuple(function: TensorFunction) -> TensorFunction:
@@ -138,6 +138,6 @@ def _floating_outputs(function: TensorFunction) -> TensorFunction:
     def wrapped(*values: Tensor) -> tuple[Tensor, ...]:
         output = function(*values)
         outputs = tuple(output) if isinstance(output, (tuple, list)) else (output,)
-        return tuple(item for item in outputs if isinstance(item, Tensor) and is_differentiable(item))
+        return tuple(item for item in outputs if differentiable(item))
 
     return wrapped
