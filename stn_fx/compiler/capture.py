@@ -7,6 +7,7 @@ capture fails.
 
 import contextlib
 import dataclasses
+import traceback
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from stn_fx.compiler.cells import expand_cells
 from stn_fx.compiler.functionalize import functionalize
+from stn_fx.compiler.recurrent_networks import PACKED_REMEDY, expand_recurrent_networks
 from stn_fx.compiler.stand_ins import stand_in
 from stn_fx.errors import CaptureError, InputError
 
@@ -114,6 +116,8 @@ def _export(
             warnings.simplefilter("ignore")
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
+        if any(frame.f_code.co_name == "pack_padded_sequence" for frame, _ in traceback.walk_tb(error.__traceback__)):
+            raise CaptureError(f"{type(model).__name__}: {PACKED_REMEDY}") from error
         mode = "training" if training else "evaluation"
         raise CaptureError(
             f"{type(model).__name__} could not be captured in {mode} mode with a dynamic batch: "
@@ -139,6 +143,7 @@ def _to_captured(
     graph = _inline_regions(program.graph_module)
     _drop_assertions(graph)
     expand_cells(graph)
+    expand_recurrent_networks(graph)
     inputs = [node.name for node in graph.nodes if node.op == "placeholder" and node.name not in state]
     graph, updates = functionalize(graph, dict(signature.inputs_to_buffers))
     kept = set(updates.values())

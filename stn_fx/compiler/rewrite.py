@@ -5,9 +5,11 @@ response parameters by name, constrained hyperparameters (B, H), displacements (
 and the flattened inputs.
 """
 
+import inspect
 import operator
 import re
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -302,7 +304,10 @@ class GraphEmitter:
 
     def _argument_names(self, node: Node) -> list[str]:
         schema = getattr(node.target, "_schema", None)
-        return [a.name for a in schema.arguments] if schema is not None else [f"argument_{i}" for i in range(9)]
+        if schema is not None:
+            return [a.name for a in schema.arguments]
+        # Functions of stn_fx's own, such as sites; of the builtins only getitem, which is not asked for names.
+        return list(inspect.signature(node.target).parameters) if isinstance(node.target, FunctionType) else []
 
     def argument_name(self, node: Node, position: int) -> str:
         return self._argument_names(node)[position]

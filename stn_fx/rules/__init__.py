@@ -23,6 +23,7 @@ def load_builtin_rules() -> Registry:
         linear,
         normalization,
         pooling,
+        recurrent,
         structural,
     )
 
