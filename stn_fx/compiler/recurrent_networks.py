@@ -75,7 +75,7 @@ class _Network:
             projection = rest[2 if self.has_biases else 0 :]
             yield [w_ih, w_hh, *biases, projection[0] if projection else None]
 
-    def outputs(self) -> list[Node]:
+    def outputs(self) -> list[Any]:
         """(output, last state of every layer and direction), as the fused call gives them."""
         x = self._call(aten.transpose.int, self.input, 0, 1) if self.batch_first else self.input
         last: list[list[Node]] = [[] for _ in self.states]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stn_fx.rules.recurrent_changes import Change, add_changed_product
+from stn_fx.rules.recurrent_changes import add_changed_product
 
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stn_fx.rules.recurrent_changes import changed_product, total_of
+from stn_fx.rules.recurrent_changes import Change, changed_product, total_of
 from stn_fx.rules.recurrent_response import Weights
 
 
@@ -48,30 +48,41 @@ def recurrent_tangent(
     x_t, hidden_t, cell_t = tangents
     if reverse:
         x, output, x_t = x.flip(0), output.flip(0), None if x_t is None else x_t.flip(0)
-    w_ih, w_hh, b_ih, b_hh, w_hr = weights
+    w_ih, w_hh, b_ih, b_hh, _ = weights
     before = torch.cat([hidden.unsqueeze(0), output[:-1]])
     gates_x, gates_h = F.linear(x, w_ih, b_ih), F.linear(before, w_hh, b_hh)
     through_x = None if x_t is None else F.linear(x_t, w_ih)
     force_x = total_of(through_x, changed_product(x, changes[0]), changes[2])
     force_h = total_of(changed_product(before, changes[1]), changes[3])
     hidden_t = torch.zeros_like(hidden) if hidden_t is None else hidden_t
-    if mode == "lstm":
-        assert cell is not None, "an LSTM has a cell state"
-        force = _filled(total_of(force_x, force_h), gates_x)
+    last: list[Tensor] = []
+    if cell is not None:
         cell_t = torch.zeros_like(cell) if cell_t is None else cell_t
-        weights_after = (w_hh,) if w_hr is None else (w_hh, w_hr)
-        constants, cells = _lstm_coefficients(gates_x + gates_h, cell)
-        forces = (force,)
-        if w_hr is not None:
-            forces = (force, _filled(changed_product(cells, changes[4]), output))
-        output_t, cell_t = _Linear.apply(_LSTM, False, 3 + len(weights_after), *constants, *weights_after, *forces, hidden_t, cell_t)  # fmt: skip  # noqa: E501
+        force = _filled(total_of(force_x, force_h), gates_x)
+        output_t, *last = _lstm_tangent(gates_x + gates_h, cell, force, (hidden_t, cell_t), weights, changes[4])
     else:
-        kind = _gru_coefficients if mode == "gru" else _rnn_coefficients
-        constants, drive = kind(mode, gates_x, gates_h, before, output, force_x, force_h)
+        if mode == "gru":
+            constants, drive = _gru_coefficients(gates_x, gates_h, before, force_x, force_h)
+        else:
+            constants, drive = _rnn_coefficients(mode, output, total_of(force_x, force_h))
         (output_t,) = _Linear.apply(_SIMPLE, False, 1 + len(constants), w_hh, *constants, drive, hidden_t)
-    last_t = output_t[-1]
-    output_t = output_t.flip(0) if reverse else output_t
-    return (output_t, last_t, cell_t) if mode == "lstm" else (output_t, last_t)
+    return (output_t.flip(0) if reverse else output_t, output_t[-1], *last)
+
+
+def _lstm_tangent(
+    gates: Tensor, cell: Tensor, force: Tensor, states_t: tuple[Tensor, Tensor], weights: Weights, w_hr_change: Change
+) -> tuple[Tensor, Tensor]:
+    """Tangents of (output, last cell state)."""
+    w_hh, w_hr = weights[1], weights[4]
+    coefficients, unprojected = _lstm_coefficients(gates, cell)
+    if w_hr is None:
+        return _Linear.apply(_LSTM, False, 4, *coefficients, w_hh, force, *states_t)  # type: ignore[no-any-return]
+    project_force = changed_product(unprojected, w_hr_change)
+    if project_force is None:
+        project_force = force.new_zeros(*force.shape[:2], w_hr.shape[0])
+    return _Linear.apply(  # type: ignore[no-any-return]
+        _LSTM, False, 5, *coefficients, w_hh, w_hr, force, project_force, *states_t
+    )
 
 
 def _filled(force: Tensor | None, like: Tensor) -> Tensor:
@@ -105,7 +116,7 @@ def _lstm_coefficients(gates: Tensor, cell: Tensor) -> tuple[tuple[Tensor, Tenso
 
 
 def _gru_coefficients(
-    mode: str, gates_x: Tensor, gates_h: Tensor, before: Tensor, output: Tensor, force_x: Any, force_h: Any
+    gates_x: Tensor, gates_h: Tensor, before: Tensor, force_x: Tensor | None, force_h: Tensor | None
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """((K (T, N, 3H), z (T, N, H)), D (T, N, H))."""
     (reset_x, update_x, new_x), (reset_h, update_h, new_h) = gates_x.chunk(3, -1), gates_h.chunk(3, -1)
@@ -121,13 +132,10 @@ def _gru_coefficients(
     return (through_h, update), _filled(drive, before)
 
 
-def _rnn_coefficients(
-    mode: str, gates_x: Tensor, gates_h: Tensor, before: Tensor, output: Tensor, force_x: Any, force_h: Any
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """((K (T, N, H),), D (T, N, H)); both activations have derivatives that follow from their values."""
+def _rnn_coefficients(mode: str, output: Tensor, force: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
+    """((K (T, N, H),), D (T, N, H)); the derivatives of both activations follow from their values."""
     slope = 1 - output * output if mode == "tanh" else (output > 0).to(output.dtype)
-    force = total_of(force_x, force_h)
-    return (slope,), _filled(None if force is None else slope * force, before)
+    return (slope,), _filled(None if force is None else slope * force, output)
 
 
 def _sum_of_gates(values: Tensor, gates: int) -> Tensor:
