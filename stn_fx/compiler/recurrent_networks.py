@@ -99,7 +99,9 @@ class _Network:
         # Not by running it: the fused operators fix symbolic sizes.
         last = [state.meta["val"] for state in states]
         output = last[0].new_empty((*x.meta["val"].shape[:2], last[0].shape[-1]))
-        result.meta = {**self.meta, "val": (output, *map(torch.empty_like, last))}
+        suffix = f"_l{layer}" + ("_reverse" if direction else "")
+        names = {5: f"weight_ih{suffix}", 6: f"weight_hh{suffix}", 9: f"weight_hr{suffix}"}
+        result.meta = {**self.meta, "val": (output, *map(torch.empty_like, last)), "weight_names": names}
         return [self._call(operator.getitem, result, index) for index in range(1 + len(states))]
 
     def _call(self, target: Callable[..., Any], *arguments: Any) -> Node:

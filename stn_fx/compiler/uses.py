@@ -168,4 +168,5 @@ def row_axes(use: WeightUse, registry: Registry, ndim: int, low_rank: bool) -> l
 def effective_name(use: WeightUse, flow: ParameterFlow) -> str:
     """Qualified name of an effective weight: the module that uses it, and the attribute that it stands for."""
     path = module_path(use.consumer)
-    return f"{path}.weight" if path else "weight"
+    attribute = use.consumer.meta.get("weight_names", {}).get(use.position, "weight")
+    return f"{path}.{attribute}" if path else attribute

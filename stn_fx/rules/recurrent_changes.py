@@ -40,10 +40,13 @@ def add_changed_product(total: Tensor, x: Tensor, change: Change) -> Tensor:
     return total if product is None else total + product
 
 
-def total_of(*terms: Tensor | None) -> Tensor | None:
-    """Sum of the terms that are not None."""
-    total = None
-    for term in terms:
-        if term is not None:
-            total = term if total is None else total + term
-    return total
+def add_product(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """``total + x W^T`` for total (T, N, O) in one sweep over memory."""
+    return torch.addmm(total.flatten(0, 1), x.flatten(0, 1), weight.t()).view(total.shape)
+
+
+def add_terms(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    """``left + right`` where None is zero."""
+    if left is None or right is None:
+        return right if left is None else left
+    return left + right

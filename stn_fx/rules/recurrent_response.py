@@ -25,7 +25,7 @@ def recurrent_response(
     """
     w_ih, w_hh, b_ih, b_hh, w_hr = weights
     w_ih_change, w_hh_change, b_ih_change, b_hh_change, w_hr_change = changes
-    x = x.flip(0) if reverse else x
+    x = x.flip(0) if reverse else x.contiguous()
     gates_x = add_changed_product(F.linear(x, w_ih, b_ih), x, w_ih_change)
     gates_x = gates_x if b_ih_change is None else gates_x + b_ih_change
     bias_h = b_hh if b_hh_change is None else b_hh + b_hh_change

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stn_fx.rules.recurrent_changes import Change, changed_product, total_of
+from stn_fx.rules.recurrent_changes import Change, add_changed_product, add_product, add_terms, changed_product
 from stn_fx.rules.recurrent_response import Weights
 
 
@@ -46,25 +46,29 @@ def recurrent_tangent(
     """
     x, hidden, cell = primals
     x_t, hidden_t, cell_t = tangents
-    if reverse:
-        x, output, x_t = x.flip(0), output.flip(0), None if x_t is None else x_t.flip(0)
+    x_t = x_t if x_t is None else _in_order(x_t, reverse)
+    x, output = _in_order(x, reverse), _in_order(output, reverse)
     w_ih, w_hh, b_ih, b_hh, _ = weights
     before = torch.cat([hidden.unsqueeze(0), output[:-1]])
-    gates_x, gates_h = F.linear(x, w_ih, b_ih), F.linear(before, w_hh, b_hh)
-    through_x = None if x_t is None else F.linear(x_t, w_ih)
-    force_x = total_of(through_x, changed_product(x, changes[0]), changes[2])
-    force_h = total_of(changed_product(before, changes[1]), changes[3])
+    gates_x = F.linear(x, w_ih, b_ih)
+    # Only in a GRU something stands between the hidden state's part of the gates and the input's.
+    force_h = _force(changes[3], before, changes[1])
+    force_x = _force(changes[2] if mode == "gru" else add_terms(changes[2], force_h), x, changes[0])
+    if x_t is not None:
+        force_x = F.linear(x_t, w_ih) if force_x is None else add_product(_filled(force_x, gates_x), x_t, w_ih)
     hidden_t = torch.zeros_like(hidden) if hidden_t is None else hidden_t
     last: list[Tensor] = []
     if cell is not None:
         cell_t = torch.zeros_like(cell) if cell_t is None else cell_t
-        force = _filled(total_of(force_x, force_h), gates_x)
-        output_t, *last = _lstm_tangent(gates_x + gates_h, cell, force, (hidden_t, cell_t), weights, changes[4])
+        gates = add_product(gates_x if b_hh is None else gates_x + b_hh, before, w_hh)
+        force, states_t = _filled(force_x, gates), (hidden_t, cell_t)
+        output_t, *last = _lstm_tangent(gates, cell, force, states_t, weights, changes[4])
     else:
         if mode == "gru":
+            gates_h = F.linear(before, w_hh, b_hh)
             constants, drive = _gru_coefficients(gates_x, gates_h, before, force_x, force_h)
         else:
-            constants, drive = _rnn_coefficients(mode, output, total_of(force_x, force_h))
+            constants, drive = _rnn_coefficients(mode, output, force_x)
         (output_t,) = _Linear.apply(_SIMPLE, False, 1 + len(constants), w_hh, *constants, drive, hidden_t)
     return (output_t.flip(0) if reverse else output_t, output_t[-1], *last)
 
@@ -83,6 +87,16 @@ def _lstm_tangent(
     return _Linear.apply(  # type: ignore[no-any-return]
         _LSTM, False, 5, *coefficients, w_hh, w_hr, force, project_force, *states_t
     )
+
+
+def _in_order(steps: Tensor, reverse: bool) -> Tensor:
+    """Steps (T, N, ...) in the order in which the layer takes them; contiguous, since products of views are slow."""
+    return steps.flip(0) if reverse else steps.contiguous()
+
+
+def _force(total: Tensor | None, x: Tensor, change: Change) -> Tensor | None:
+    """``total + DeltaW_n x_n`` where None is zero."""
+    return changed_product(x, change) if total is None else add_changed_product(total, x, change)
 
 
 def _filled(force: Tensor | None, like: Tensor) -> Tensor:
@@ -125,7 +139,7 @@ def _gru_coefficients(
     to_new = (1 - update) * (1 - new * new)
     to_reset, to_update = to_new * new_h * reset * (1 - reset), (before - new) * update * (1 - update)
     through_h = torch.cat([to_reset, to_update, to_new * reset], -1)
-    drive = total_of(
+    drive = add_terms(
         None if force_x is None else _sum_of_gates(torch.cat([to_reset, to_update, to_new], -1) * force_x, 3),
         None if force_h is None else _sum_of_gates(through_h * force_h, 3),
     )
