@@ -7,7 +7,6 @@ capture fails.
 
 import contextlib
 import dataclasses
-import traceback
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,7 +19,8 @@ from torch.utils import _pytree as pytree
 
 from stn_fx.compiler.cells import expand_cells
 from stn_fx.compiler.functionalize import functionalize
-from stn_fx.compiler.recurrent_networks import PACKED_REMEDY, expand_recurrent_networks
+from stn_fx.compiler.recurrent_markers import PACKED_REMEDY, packs_sequences, recurrent_markers
+from stn_fx.compiler.recurrent_networks import expand_recurrent_networks
 from stn_fx.compiler.stand_ins import stand_in
 from stn_fx.errors import CaptureError, InputError
 
@@ -88,7 +88,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], bat
     with _left_as_found(model):
         _register_dataclasses(model, args, kwargs)
     for training in (True, False):
-        with _left_as_found(model), _markers(model):
+        with _left_as_found(model), _markers(model), recurrent_markers():
             _set_mode(model, training)
             if training:
                 flags = tuple(module.training for module in model.modules())
@@ -116,7 +116,7 @@ def _export(
             warnings.simplefilter("ignore")
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
-        if any(frame.f_code.co_name == "pack_padded_sequence" for frame, _ in traceback.walk_tb(error.__traceback__)):
+        if packs_sequences(error):
             raise CaptureError(f"{type(model).__name__}: {PACKED_REMEDY}") from error
         mode = "training" if training else "evaluation"
         raise CaptureError(

@@ -12,24 +12,13 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from stn_fx.compiler.recurrent_markers import FUSED, PACKED_REMEDY
 from stn_fx.errors import CaptureError
 from stn_fx.rules.recurrent import recurrent_layer
 
 aten = torch.ops.aten
 
-PACKED_REMEDY = (
-    "Packed sequences (pack_padded_sequence) cannot be captured with a dynamic batch, because their shape depends on "
-    "the lengths. Remedy: run the recurrent network on the padded batch and use the lengths afterwards: take the last "
-    "valid step with output.gather, and leave padded steps out of the loss; the forward direction gives the same "
-    "values there. A backward direction would see the padding first: flip each sequence within its own length."
-)
-
-_MODES = {
-    aten.lstm.input: "lstm",
-    aten.gru.input: "gru",
-    aten.rnn_tanh.input: "tanh",
-    aten.rnn_relu.input: "relu",
-}
+_MODES = {"lstm": "lstm", "gru": "gru", "rnn_tanh": "tanh", "rnn_relu": "relu"}
 _PACKED = {aten.lstm.data, aten.gru.data, aten.rnn_tanh.data, aten.rnn_relu.data}
 
 
@@ -42,7 +31,7 @@ def expand_recurrent_networks(graph: Graph) -> None:
     for node in list(graph.nodes):
         if node.target in _PACKED:
             raise CaptureError(PACKED_REMEDY)
-        if node.target in _MODES:
+        if node.target is torch.ops.stn_fx.recurrent_network.default or node.target in FUSED.values():
             with graph.inserting_before(node):
                 outputs = _Network(graph, node).outputs()
             for user in list(node.users):
@@ -58,10 +47,12 @@ class _Network:
     """
 
     def __init__(self, graph: Graph, node: Node) -> None:
-        self.graph, self.mode = graph, _MODES[node.target]
+        marked = node.target is torch.ops.stn_fx.recurrent_network.default
+        kind, arguments = (node.args[0], node.args[1:]) if marked else (node.target._opname, node.args)  # type: ignore[union-attr]
+        self.graph, self.mode = graph, _MODES[str(kind)]
         self.meta = {key: value for key, value in node.meta.items() if key in ("nn_module_stack", "stack_trace")}
-        self.input, states, parameters, self.has_biases, self.layers = node.args[:5]
-        self.dropout, self.training, bidirectional, self.batch_first = node.args[5:9]
+        self.input, states, parameters, self.has_biases, self.layers = arguments[:5]
+        self.dropout, self.training, bidirectional, self.batch_first = arguments[5:9]
         self.states: list[Any] = list(states) if isinstance(states, (list, tuple)) else [states]
         self.directions = 2 if bidirectional else 1
         self.parameters = self._by_layer(list(parameters))
