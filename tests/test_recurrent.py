@@ -204,3 +204,38 @@ def test_weights_computed_before_use_respond_each_under_their_own_name() -> None
     stn = stn_fx.transform(nn.Sequential(model), "weight_decay", (torch.randn(3, 5, 3),))
     effective = {plan.name for plan in stn.compiled.plan.parameters if plan.is_effective}
     assert effective == {"0.weight_hh_l0", "0.weight_hh_l1"}
+
+
+class Translator(nn.Module):
+    """A trained encoder hands its state to a frozen decoder: the state alone carries a tangent into it."""
+
+    def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
+        super().__init__()
+        self.encoder, self.decoder = kind(3, 4, batch_first=True, **options), kind(3, 4, batch_first=True, **options)
+        self.decoder.requires_grad_(False)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        return self.decoder(target, self.encoder(source)[1])[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [(nn.LSTM, {}), (nn.LSTM, {"proj_size": 2}), (nn.GRU, {"bias": False}), (nn.RNN, {})]
+)
+def test_a_tangent_enters_through_the_state_alone(kind: type[nn.RNNBase], options: dict[str, Any]) -> None:
+    def inputs(batch: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(batch)
+        source = torch.randn(batch, 3, 3, generator=generator, dtype=torch.float64)
+        return source, torch.randn(batch, 5, 3, generator=generator, dtype=torch.float64)
+
+    subject = Subject(lambda: Translator(kind, **options), inputs)
+    for oracle in EVERY_ORACLE:
+        oracle(subject, 2)
+
+
+def test_a_long_sequence_is_captured_in_a_moment_and_gives_any_other_length() -> None:
+    model = nn.Sequential(nn.LSTM(3, 4, batch_first=True))
+    stn = stn_fx.transform(model, "weight_decay", (torch.randn(2, 1000, 3),))
+    nodes = len(stn.compiled.captured.training.graph.nodes)
+    assert nodes < 50, "the graph does not grow with the number of steps"
+    primal, tangent = stn.linearize(torch.randn(3, 7, 3))
+    assert primal[0].shape == tangent[0].shape == (3, 7, 4)

@@ -177,16 +177,18 @@ def _work_of(func: Any, args: Any, options: dict[str, Any], output: Any) -> Work
     traffic = sum(_bytes(t) for t in pytree.tree_leaves((args, options, output)) if isinstance(t, Tensor))
     made = sum(t.numel() for t in pytree.tree_leaves(output) if isinstance(t, Tensor))
     if name in _FUSED_RECURRENT:
-        flops = _recurrent_flops
+        counted = _FUSED_RECURRENT[name] * _recurrent_flops(*args)
+    else:
+        counted = float(flops(*args, **options, out_val=output)) if flops is not None else 0.0
     return Work(
-        flops=_FUSED_RECURRENT.get(name, 1.0) * float(flops(*args, **options, out_val=output)) if flops else 0.0,
+        flops=counted,
         bytes=traffic if traffic > CACHE_BYTES else CACHED * traffic,
         draws=_DRAWS.get(name, 0.0) * made,
         operators=1.0,
     )
 
 
-def _recurrent_flops(x: Tensor, *rest: Any, **_: Any) -> float:
+def _recurrent_flops(x: Tensor, *rest: Any) -> float:
     """A fused recurrent layer multiplies each of its matrices once for each step and example of x (T, N, F)."""
     weights = [t for t in pytree.tree_leaves(rest[:4]) if isinstance(t, Tensor) and t.ndim == 2]
     return 2.0 * x.shape[0] * x.shape[1] * sum(weight.numel() for weight in weights)
