@@ -986,6 +986,25 @@ case(
     RECURRENT,
 )
 case(
+    "a recurrent network called as a function",
+    lambda: Fn(
+        lambda m, x: torch.lstm(
+            x, (x.new_zeros(1, x.shape[0], 4),) * 2, [m.a, m.b], False, 1, 0.0, m.training, False, True
+        )[0],
+        a=torch.rand(16, 3),
+        b=torch.rand(16, 4),
+    ),
+    noise(3, 3),
+    RECURRENT,
+)
+case(
+    "a recurrent network over parameters alone",
+    lambda: Fn(lambda m, x: x * m.net(m.start)[0], net=nn.LSTM(3, 4, batch_first=True), start=torch.rand(1, 5, 3)),
+    noise(5, 4),
+    RECURRENT,
+    structures=("exact",),
+)
+case(
     "recurrent weights with another use",
     lambda: Fn(
         lambda m, x: m.net(x)[0] * m.net.weight_hh_l0.sum() + x * m.net.weight_ih_l0.sum(),

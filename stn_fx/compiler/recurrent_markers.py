@@ -7,7 +7,6 @@ marker stands in the captured graph until ``recurrent_networks`` spells it out; 
 import contextlib
 from collections.abc import Iterator
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -71,8 +70,13 @@ def _(
 @contextlib.contextmanager
 def recurrent_markers() -> Iterator[None]:
     """``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` call the marker while this is open."""
-    with patch.object(torch.nn.modules.rnn, "_VF", _Markers()):
+    networks: Any = torch.nn.modules.rnn
+    own = networks._VF
+    networks._VF = _Markers()
+    try:
         yield
+    finally:
+        networks._VF = own
 
 
 def packs_sequences(error: BaseException) -> bool:

@@ -5,6 +5,7 @@ response parameters by name, constrained hyperparameters (B, H), displacements (
 and the flattened inputs.
 """
 
+import importlib
 import inspect
 import operator
 import re
@@ -183,9 +184,12 @@ class GraphEmitter:
             tangents.append(stack if stack is not None else self.tangent(leaf))
             filled.append(stack if stack is not None and as_values else self.value(leaf))
         arguments, options = pytree.tree_unflatten(filled, spec)
+        target: Any = node.target
+        if isinstance(target, FunctionType):  # fx writes operators as arguments, but not functions
+            target = self.call(function_by_name, target.__module__, target.__name__)
         if as_values:
-            return self.call(per_example, node.target, arguments, options, modes, out)
-        return self.call(per_example_tangent, node.target, arguments, options, modes, tangents, out)
+            return self.call(per_example, target, arguments, options, modes, out)
+        return self.call(per_example_tangent, target, arguments, options, modes, tangents, out)
 
     def _mode(self, leaf: Node) -> Any:
         return tuple(self.layouts[leaf]) if leaf in self.flow.carries_batch and leaf in self.layouts else "shared"
@@ -361,6 +365,11 @@ class GraphEmitter:
             self.graph.output(values)
             return
         self.graph.output((values, [self.tangent(result) for result in results]))
+
+
+def function_by_name(module: str, name: str) -> Callable[..., Any]:
+    """A function at the top level of a module."""
+    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
 
 
 def hyperparameter_column(values_BH: Tensor, index: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from stn_fx.errors import BatchLayoutError
+from stn_fx.errors import BatchLayoutError, CaptureError
 from stn_fx.rules.layout import align
 from stn_fx.rules.recurrent_response import recurrent_response
 from stn_fx.rules.recurrent_tangent import recurrent_tangent
@@ -47,6 +47,8 @@ def recurrent_layer(
     Returns:
         Output (T, N, P), last hidden state (N, P), and for an LSTM last cell state (N, H).
     """
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # the fused kernels have no rules for torch.func
+        return recurrent_response(mode, reverse, x, hidden, cell, (w_ih, w_hh, b_ih, b_hh, w_hr), (None,) * 5)
     x = x.flip(0) if reverse else x
     parameters = [p for p in (w_ih, w_hh, b_ih, b_hh, w_hr) if p is not None]
     # cuDNN can only run backward what ran in training mode; there is no dropout inside a layer.
@@ -92,6 +94,11 @@ class RecurrentRule(Rule):
         mode, reverse, *states = node.args[:5]
         primals, tangents = tuple(map(emit.value, states)), tuple(map(emit.tangent, states))
         weights = tuple(emit.value(weight) for weight in node.args[5:])
+        if any(emit.tangent(weight) is not None for weight in node.args[5:]):
+            raise CaptureError(
+                f"{emit.site_name(node)}: the weights of a recurrent network are computed from the examples, which has "
+                f"no linearization here. Remedy: write that network as a loop over its cells (nn.LSTMCell)."
+            )
         primal = emit.call(recurrent_primal, mode, reverse, *primals, *weights)
         changes = self._changes(emit, node, stacks_are_values=False)
         if not any(each is not None for each in (*changes, *tangents)):
