@@ -40,6 +40,10 @@ class Subject:
     response: Any = "rowwise"
     batch_axis: int = 0
     name_axis: bool = False
+    input_axes: tuple[int, ...] | None = None
+    """Where the examples lie in each input, where that is not `batch_axis` for all."""
+    output_axes: tuple[int, ...] | None = None
+    """The same for each floating output."""
     shared: tuple[str, ...] = ()
     """Keyword inputs that are the same for every example."""
     captured_batch: int = 3
@@ -58,7 +62,8 @@ class Subject:
         torch.manual_seed(0)
         self.model = randomised(self.build())
         self.modes = [module.training for module in self.model.modules()]
-        options = {**self.options, **({"batch_axis": self.batch_axis} if self.name_axis else {})}
+        axes = {"batch_axis": self.input_axes or self.batch_axis} if self.name_axis else {}
+        options: dict[str, Any] = {**self.options, **axes}
         if self.shared:
             example = self.inputs(self.captured_batch)
             options["batch_axis"] = [None if name in self.shared else self.batch_axis for name in example]
@@ -97,16 +102,19 @@ class Subject:
         """The batch that holds example i alone."""
         if isinstance(inputs, dict):
             return {k: v if k in self.shared else self._row(v, i) for k, v in inputs.items()}
-        return tuple(self._row(v, i) for v in inputs)
+        return self._row(inputs, i, self.input_axes)  # type: ignore[no-any-return]
 
-    def _row(self, value: Any, i: int) -> Any:
-        def narrow(v: Any) -> Any:
-            return v.narrow(self.batch_axis, i, 1) if isinstance(v, Tensor) and v.ndim > self.batch_axis else v
-
-        return pytree.tree_map(narrow, value)
+    def _row(self, value: Any, i: int, axes: tuple[int, ...] | None = None) -> Any:
+        flat, spec = pytree.tree_flatten(value)
+        axes = axes or (self.batch_axis,) * len(flat)
+        narrowed = [
+            v.narrow(axis, i, 1) if isinstance(v, Tensor) and v.ndim > axis else v
+            for v, axis in zip(flat, axes, strict=True)
+        ]
+        return pytree.tree_unflatten(narrowed, spec)
 
     def row(self, output: Any, i: int) -> list[Tensor]:
-        return leaves(self._row(output, i))
+        return self._row(leaves(output), i, self.output_axes)  # type: ignore[no-any-return]
 
     # ---- judges
 

@@ -906,6 +906,129 @@ def recurrent(m: nn.Module, x: Tensor) -> Tensor:
 case("LSTM cell", lambda: Fn(recurrent, cell=nn.LSTMCell(3, 4), head=nn.Linear(4, 2)), noise(3, 3))
 case("GRU cell", lambda: Fn(recurrent, cell=nn.GRUCell(3, 4), head=nn.Linear(4, 2)), noise(3, 3))
 case("RNN cell", lambda: Fn(recurrent, cell=nn.RNNCell(3, 4), head=nn.Linear(4, 2)), noise(3, 3))
+case(
+    "recurrent cells without bias",
+    lambda: Fn(
+        lambda m, x: m.head(m.f(x[:, 0], m.g(x[:, 1], m.h(x[:, 2])))),
+        f=nn.GRUCell(3, 4, bias=False),
+        g=nn.RNNCell(3, 4, bias=False, nonlinearity="relu"),
+        h=nn.Linear(3, 4),
+        head=nn.Linear(4, 2),
+    ),
+    noise(3, 3),
+)
+
+# ---- recurrent networks
+
+RECURRENT = "RecurrentRule"
+
+
+def network(kind: type[nn.RNNBase], **options: Any) -> Callable[[], nn.Module]:
+    """A recurrent network of 3 features and 4 cells, and a layer on its output."""
+    width = (2 if options.get("bidirectional") else 1) * (options.get("proj_size") or 4)
+    return lambda: Fn(lambda m, x: m.head(m.net(x)[0]), net=kind(3, 4, **options), head=nn.Linear(width, 2))
+
+
+def with_state(length: int, layers: int, *widths: int) -> Callable[[int], tuple[Any, ...]]:
+    """Sequence-first batches (T, B, 3) with an initial state, (L, B, width) for each width."""
+
+    def inputs(batch: int) -> tuple[Any, ...]:
+        states = tuple(noise(layers, width)(batch)[0].transpose(0, 1).contiguous() for width in widths)
+        return (*sequence_first(length, 3)(batch), states if len(states) > 1 else states[0])
+
+    return inputs
+
+
+case(
+    "LSTM, layers in both directions",
+    network(nn.LSTM, num_layers=2, bidirectional=True, dropout=0.2, batch_first=True),
+    noise(4, 3),
+    RECURRENT,
+    hparams=SITES,
+)
+case("LSTM, sequence first, T == B", network(nn.LSTM, num_layers=2), sequence_first(5, 3), RECURRENT, batch_axis=1)
+case(
+    "LSTM with a projection, dropout at p = 0",
+    network(nn.LSTM, num_layers=2, proj_size=2, batch_first=True),
+    noise(4, 3),
+    RECURRENT,
+    hparams=SITES,
+)
+case("LSTM without bias", network(nn.LSTM, bias=False, batch_first=True), noise(4, 3), RECURRENT)
+case(
+    "LSTM with a given state, L == T == B",
+    lambda: Fn(lambda m, x, state: m.net(m.first(x), state), first=nn.Linear(3, 3), net=nn.LSTM(3, 4, 5)),
+    with_state(5, 5, 4, 4),
+    RECURRENT,
+    batch_axis=1,
+)
+case(
+    "GRU, layers in both directions",
+    network(nn.GRU, num_layers=2, bidirectional=True, dropout=0.2),
+    sequence_first(4, 3),
+    RECURRENT,
+    hparams=SITES,
+    batch_axis=1,
+    name_axis=True,
+)
+case(
+    "GRU without bias, with a given state",
+    lambda: Fn(lambda m, x, state: m.net(m.first(x), state), first=nn.Linear(3, 3), net=nn.GRU(3, 4, 2, bias=False)),
+    with_state(3, 2, 4),
+    RECURRENT,
+    batch_axis=1,
+)
+case("RNN, tanh", network(nn.RNN, num_layers=2, batch_first=True), noise(4, 3), RECURRENT)
+case("RNN, relu", network(nn.RNN, nonlinearity="relu", bidirectional=True, batch_first=True), noise(4, 3), RECURRENT)
+case(
+    "a learned initial state",
+    lambda: Fn(
+        lambda m, x: m.net(x, m.start.expand(-1, x.shape[0], -1).contiguous())[0],
+        net=nn.GRU(3, 4, 2, batch_first=True),
+        start=torch.rand(2, 1, 4),
+    ),
+    noise(4, 3),
+    RECURRENT,
+)
+case(
+    "a recurrent network over the words of several sentences",
+    lambda: Fn(
+        lambda m, x: m.head(m.net(x.flatten(0, 1))[1][0][-1].unflatten(0, (-1, 3)).sum(1)),
+        net=nn.LSTM(3, 4, 2, batch_first=True),
+        head=nn.Linear(4, 2),
+    ),
+    noise(3, 4, 3),
+    RECURRENT,
+)
+case(
+    "a recurrent network called as a function",
+    lambda: Fn(
+        lambda m, x: torch.lstm(
+            x, (x.new_zeros(1, x.shape[0], 4),) * 2, [m.a, m.b], False, 1, 0.0, m.training, False, True
+        )[0],
+        a=torch.rand(16, 3),
+        b=torch.rand(16, 4),
+    ),
+    noise(3, 3),
+    RECURRENT,
+)
+case(
+    "a recurrent network over parameters alone",
+    lambda: Fn(lambda m, x: x * m.net(m.start)[0], net=nn.LSTM(3, 4, batch_first=True), start=torch.rand(1, 5, 3)),
+    noise(5, 4),
+    RECURRENT,
+    structures=("exact",),
+)
+case(
+    "recurrent weights with another use",
+    lambda: Fn(
+        lambda m, x: m.net(x)[0] * m.net.weight_hh_l0.sum() + x * m.net.weight_ih_l0.sum(),
+        net=nn.LSTM(1, 4, batch_first=True),
+    ),
+    noise(4, 1),
+    RECURRENT,
+    structures=("exact",),
+)
 
 
 def in_place(m: nn.Module, x: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ from stn_fx.compiler.failures import FailingPlace, failing_place, root_cause
 from stn_fx.compiler.functionalize import NO_GRAD, functionalize, module_path
 from stn_fx.compiler.opaque_leaves import one_more, opaque_leaf
 from stn_fx.compiler.preconditions import require_output
+from stn_fx.compiler.recurrent_markers import PACKED_REMEDY, packs_sequences, recurrent_markers
+from stn_fx.compiler.recurrent_networks import expand_recurrent_networks
 from stn_fx.compiler.stand_ins import AllLayersRun, functions_stand_in, stand_in
 from stn_fx.errors import CaptureError, InputError
 from stn_fx.rules.opaque import OpaqueLeaf
@@ -121,7 +123,7 @@ def _capture_around(
     constants: dict[str, Tensor] = {}
     graphs = {}
     for training in (True, False):
-        with left_as_found(model), _markers(model, leaves):
+        with left_as_found(model), _markers(model, leaves), recurrent_markers():
             _set_mode(model, training)
             if training:
                 flags = tuple(module.training for module in model.modules())
@@ -153,6 +155,8 @@ def _export(
     try:
         return export()
     except Exception as error:
+        if packs_sequences(error):
+            raise CaptureError(f"{type(model).__name__}: {PACKED_REMEDY}") from error
         if training and isinstance(error, GuardOnDataDependentSymNode):
             with contextlib.suppress(Exception), AllLayersRun() as draws:
                 program = export()
@@ -262,6 +266,7 @@ def _to_captured(
     graph = _inline_regions(program.graph_module)
     _drop_assertions(graph)
     expand_cells(graph)
+    expand_recurrent_networks(graph)
     if ambient_autocast(model) is not None or "wrap_with_autocast" in {_operator(node) for node in _all_nodes(program)}:
         cast_explicitly(graph, model)
     inputs = [node.name for node in graph.nodes if node.op == "placeholder" and node.name not in state]

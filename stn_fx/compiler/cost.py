@@ -54,6 +54,11 @@ _DRAWS = {
     "bernoulli_": 1.0, "bernoulli": 1.0, "native_dropout": 1.0, "rand": 1.0, "rand_like": 1.0, "uniform_": 1.0,
     "randn": 1.0, "normal_": 1.0, "random_": 0.5,
 }  # fmt: skip
+_FUSED_RECURRENT = {
+    "mkldnn_rnn_layer": 1.0, "_cudnn_rnn": 1.0, "mkldnn_rnn_layer_backward": 2.0, "_cudnn_rnn_backward": 2.0,
+}  # fmt: skip
+"""Operators of torch that the registry of flops does not know, and their share of a forward."""
+
 _ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
 
 
@@ -171,12 +176,22 @@ def _work_of(func: Any, args: Any, options: dict[str, Any], output: Any) -> Work
     flops = flop_registry.get(func.overloadpacket)
     traffic = sum(_bytes(t) for t in pytree.tree_leaves((args, options, output)) if isinstance(t, Tensor))
     made = sum(t.numel() for t in pytree.tree_leaves(output) if isinstance(t, Tensor))
+    if name in _FUSED_RECURRENT:
+        counted = _FUSED_RECURRENT[name] * _recurrent_flops(*args)
+    else:
+        counted = float(flops(*args, **options, out_val=output)) if flops is not None else 0.0
     return Work(
-        flops=float(flops(*args, **options, out_val=output)) if flops is not None else 0.0,
+        flops=counted,
         bytes=traffic if traffic > CACHE_BYTES else CACHED * traffic,
         draws=_DRAWS.get(name, 0.0) * made,
         operators=1.0,
     )
+
+
+def _recurrent_flops(x: Tensor, *rest: Any) -> float:
+    """A fused recurrent layer multiplies each of its matrices once for each step and example of x (T, N, F)."""
+    weights = [t for t in pytree.tree_leaves(rest[:4]) if isinstance(t, Tensor) and t.ndim == 2]
+    return 2.0 * x.shape[0] * x.shape[1] * sum(weight.numel() for weight in weights)
 
 
 def _bytes(tensor: Tensor) -> float:

@@ -166,17 +166,14 @@ def _capture_with_batch_axis(
         return captured, ""
     failure: Exception | None = None
     captured = None
-    for axis in (0, 1):
-        axes = _common_axes(flat, axis)
-        if axes is None:
-            continue
+    for axes in _candidate_axes(flat):
         try:
             captured = capture(model, args, kwargs, axes)
         except CaptureError as error:
             failure = failure or error
             continue
         if _outputs_are_decided(model, captured):
-            return captured, "" if axis == 0 else "batch axis 1 of the inputs was found by the dependency probe"
+            return captured, _note_on(axes)
     if failure is not None and captured is None:
         raise failure
     raise BatchLayoutError(
@@ -195,6 +192,35 @@ def _named_axes(flat: list[Any], batch_axis: Any) -> list[int | None]:
             f"batch_axis has {len(given)} entries, but there are {len(flat)} inputs: one for each, or one int."
         )
     return given
+
+
+def _candidate_axes(flat: list[Any]) -> Iterator[list[int | None]]:
+    """Batch axes to try: one for all inputs, then inputs that differ, as the states (L, B, H) of recurrent networks."""
+    tried: list[list[int | None]] = []
+    for choose in (_common_axes, _differing_axes):
+        for axis in (0, 1):
+            axes = choose(flat, axis)
+            if axes is not None and axes not in tried:
+                tried.append(axes)
+                yield axes
+
+
+def _differing_axes(flat: list[Any], axis: int) -> list[int | None] | None:
+    """``axis`` for the first tensor; for the others the last of their axes 0 and 1 that has its size there."""
+    first = next((v for v in flat if isinstance(v, Tensor) and v.ndim), None)
+    if first is None or first.ndim <= axis:
+        return None
+    size = first.shape[axis]
+    fitting = [[a for a in (0, 1) if isinstance(v, Tensor) and v.ndim > a and v.shape[a] == size] for v in flat]
+    return [axis if v is first else (axes[-1] if axes else None) for v, axes in zip(flat, fitting, strict=True)]
+
+
+def _note_on(axes: list[int | None]) -> str:
+    if not any(axes):
+        return ""
+    if len({axis for axis in axes if axis is not None}) == 1:
+        return "batch axis 1 of the inputs was found by the dependency probe"
+    return f"batch axes {axes} of the inputs were found by the dependency probe"
 
 
 def _common_axes(flat: list[Any], axis: int) -> list[int | None] | None:

@@ -137,7 +137,8 @@ def _low_rank_is_smaller(shape: tuple[int, ...], axis: int, uses: list[WeightUse
 
 
 def _groups(node: Node) -> int:
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    schema = getattr(node.target, "_schema", None)
+    names = [a.name for a in schema.arguments] if schema is not None else []
     if "groups" not in names:
         return 1
     position = names.index("groups")

@@ -5,9 +5,12 @@ response parameters by name, constrained hyperparameters (B, H), displacements (
 and the flattened inputs.
 """
 
+import importlib
+import inspect
 import operator
 import re
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -204,9 +207,12 @@ class GraphEmitter:
             tangents.append(stack if stack is not None else self.tangent(leaf))
             filled.append(stack if stack is not None and as_values else self.value(leaf))
         arguments, options = pytree.tree_unflatten(filled, spec)
+        target: Any = node.target
+        if isinstance(target, FunctionType):  # fx writes operators as arguments, but not functions
+            target = self.call(function_by_name, target.__module__, target.__name__)
         if as_values:
-            return self.call(per_example, node.target, arguments, options, modes, out)
-        return self.call(per_example_tangent, node.target, arguments, options, modes, tangents, out)
+            return self.call(per_example, target, arguments, options, modes, out)
+        return self.call(per_example_tangent, target, arguments, options, modes, tangents, out)
 
     def _mode(self, leaf: Node) -> Any:
         return tuple(self.layouts[leaf]) if leaf in self.flow.carries_batch and leaf in self.layouts else "shared"
@@ -326,7 +332,10 @@ class GraphEmitter:
 
     def _argument_names(self, node: Node) -> list[str]:
         schema = getattr(node.target, "_schema", None)
-        return [a.name for a in schema.arguments] if schema is not None else [f"argument_{i}" for i in range(9)]
+        if schema is not None:
+            return [a.name for a in schema.arguments]
+        # Functions of stn_fx's own, such as sites; of the builtins only getitem, which is not asked for names.
+        return list(inspect.signature(node.target).parameters) if isinstance(node.target, FunctionType) else []
 
     def argument_name(self, node: Node, position: int) -> str:
         return self._argument_names(node)[position]
@@ -380,6 +389,11 @@ class GraphEmitter:
             self.graph.output(values)
             return
         self.graph.output((values, [self.tangent(result) for result in results]))
+
+
+def function_by_name(module: str, name: str) -> Callable[..., Any]:
+    """A function at the top level of a module."""
+    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
 
 
 def hyperparameter_column(values_BH: Tensor, index: int) -> Tensor:

@@ -17,7 +17,7 @@ from stn_fx.compiler.compose import linear_operand, map_row_axis
 from stn_fx.compiler.forward_mode import lacks_forward_mode
 from stn_fx.compiler.functionalize import module_path
 from stn_fx.compiler.layouts import symbolic_axes
-from stn_fx.rules import Registry
+from stn_fx.rules import Registry, Rule
 from stn_fx.rules.layout import BatchLayout
 from stn_fx.rules.tangent import differentiable
 
@@ -131,10 +131,10 @@ def _classify(
     layouts: dict[Node, BatchLayout],
     registry: Registry,
 ) -> None:
-    reason = _undecided(consumer, flow, layouts)
     barred = _barred(consumer, argument, flow, registry)
-    position = consumer.args.index(argument) if argument in consumer.args else -1
     rule = registry.find(consumer)
+    reason = _undecided(consumer, rule, flow, layouts)
+    position = consumer.args.index(argument) if argument in consumer.args else -1
     rank = argument.meta["val"].ndim
     axes = rule.weight_axes(consumer, position, rank) if rule is not None and position >= 0 else ()
     if not axes or reason:
@@ -155,9 +155,11 @@ def _classify(
     uses.weights.setdefault(name, []).append(use)
 
 
-def _undecided(consumer: Node, flow: ParameterFlow, layouts: dict[Node, BatchLayout]) -> str:
+def _undecided(consumer: Node, rule: Rule | None, flow: ParameterFlow, layouts: dict[Node, BatchLayout]) -> str:
     """Why a parameter that differs per example cannot enter this operator; "" if it can."""
-    values = [consumer, *(n for n in consumer.all_input_nodes if n in flow.carries_batch)]
+    values = rule.placed_values(consumer) if rule is not None else None
+    if values is None:
+        values = [consumer, *(n for n in consumer.all_input_nodes if n in flow.carries_batch)]
     for node in values:
         value = node.meta.get("val")
         if isinstance(value, (tuple, list)):
@@ -205,4 +207,5 @@ def row_axes(use: WeightUse, registry: Registry, ndim: int, low_rank: bool) -> l
 def effective_name(use: WeightUse, flow: ParameterFlow) -> str:
     """Qualified name of an effective weight: the module that uses it, and the attribute that it stands for."""
     path = module_path(use.consumer)
-    return f"{path}.weight" if path else "weight"
+    attribute = use.consumer.meta.get("weight_names", {}).get(use.position, "weight")
+    return f"{path}.{attribute}" if path else attribute

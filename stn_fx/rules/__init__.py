@@ -24,6 +24,7 @@ def load_builtin_rules() -> Registry:
         normalization,
         opaque,
         pooling,
+        recurrent,
         structural,
     )
 

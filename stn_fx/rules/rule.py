@@ -116,6 +116,10 @@ class Rule:
         """Index of the weight's axis 0 that no gradient reaches from this call; None = there is none."""
         return None
 
+    def placed_values(self, node: Node) -> list[Node] | None:
+        """Values whose batch layout must be decided for a parameter to respond here; None = result and all inputs."""
+        return None
+
     def base(self, emit: Emitter, node: Node) -> Any:
         """Code of the base pass."""
         return emit.copy(node)
