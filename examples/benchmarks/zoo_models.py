@@ -19,7 +19,7 @@ from simple_cnn import SimpleCNN
 from torch import Tensor, nn
 
 BATCH = 2
-SIDES = (64, 96, 128, 160, 192, 224, 256, 288, 299, 384)
+SIDES = (64, 96, 128, 160, 192, 224, 240, 256, 288, 299, 384, 512)
 """Tried in turn.  Below 64, the last batch norms of a network see one pixel and two examples, which says nothing."""
 KEPT_BLOCKS = 2
 SMALLEST_TIMM = Path(__file__).with_name("timm_smallest.csv")
@@ -296,9 +296,7 @@ def _clip(model: str, *names: str) -> Callable[[], Prepared]:
         inputs = {**_tokens(), "pixel_values": torch.randn(BATCH, 3, 32, 32)}
         inputs["input_ids"][:, 5] = 99
         own = config.text_config if "Text" in model else config
-        return Prepared(
-            getattr(transformers, model)(own), {name: inputs[name] for name in names}, "tiny configuration"
-        )
+        return Prepared(getattr(transformers, model)(own), {name: inputs[name] for name in names}, "tiny configuration")
 
     return build
 
