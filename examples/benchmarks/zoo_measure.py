@@ -24,12 +24,15 @@ from stn_fx.errors import StnError, UnknownHyperparameterError
 from stn_fx.verify.check import least_precision, make_trial, run_oracles
 from stn_fx.verify.judge import floating
 from stn_fx.verify.oracles import weighted_sum
+from stn_fx.verify.result import OracleResult
 from stn_fx.verify.subject import Inputs, cast, randomise_constants, randomise_response, split_inputs
 
 HPARAMS = ("dropout(shared), drop_path(shared), weight_decay", "dropout(shared), weight_decay", "weight_decay")
 """The first that has a place in the model: one rate for all dropouts, however many there are."""
 ENOUGH = 0.95
 REPETITIONS = 2
+VALUES, GRADIENTS, FLOAT32 = 1e-6, 1e-4, 1e-3
+"""Largest relative errors in float64; from the third on, a tolerance is that of float32, and stays as it is."""
 
 
 @dataclass
@@ -194,7 +197,7 @@ def _judge(stn: stn_fx.SelfTuningModule, inputs: Inputs, row: Row) -> None:
         if name in _COLUMNS:
             setattr(row, _COLUMNS[name], error)
     row.unchanged = max(error or 0.0 for name, error in found.errors.items() if name.startswith("unchanged"))
-    wrong = [f"{each.name} {each.error:.1e} {each.note}".strip() for each in found.oracles if not each.passed]
+    wrong = [f"{each.name} {each.error:.1e} {each.note}".strip() for each in found.oracles if not _holds(each)]
     if wrong:
         row.verdict, row.reason = "WRONG", "; ".join(wrong)
     elif (row.conditioned or 0.0) < ENOUGH:
@@ -202,6 +205,14 @@ def _judge(stn: stn_fx.SelfTuningModule, inputs: Inputs, row: Row) -> None:
     else:
         row.verdict = "pass"
         row.reason = "; ".join(each.note for each in found.oracles if each.note)
+
+
+def _holds(result: OracleResult) -> bool:
+    """Batch norms over two examples amplify rounding more than ``check`` expects of a user's batch."""
+    limit = result.tolerance
+    if limit < FLOAT32:
+        limit = max(limit, GRADIENTS if result.name.startswith("gradients") else VALUES if limit else 0.0)
+    return result.error is None or result.error <= limit
 
 
 def _update_cost(stn: stn_fx.SelfTuningModule, inputs: Inputs) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 """The places of a module that hold tensors, each named once, as ``torch.func.functional_call`` needs them.
 
-With its own handling of ties, or with two names for one place, ``functional_call`` puts a stand-in back for the original
-where modules are shared, and the user's model is damaged.
+With its own handling of ties, or with two names for one place, ``functional_call`` puts a stand-in back for the
+original where modules are shared, and the user's model is damaged.
 """
 
 from collections.abc import Iterator
