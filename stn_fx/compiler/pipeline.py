@@ -161,8 +161,8 @@ def _capture_with_batch_axis(
         raise failure
     raise BatchLayoutError(
         f"No axis of the inputs of {type(model).__name__} can be the batch: along axis 0 and 1 the examples are not "
-        f"independent in the outputs. Name it with batch_axis= (an int, or one per input). Outputs that compare examples "
-        f"with each other, as a contrastive loss needs them, have none: leave them out of the forward."
+        f"independent in the outputs. Name it with batch_axis= (an int, or one per input). Outputs that compare "
+        f"examples with each other, as a contrastive loss needs them, have none: leave them out of the forward."
     )
 
 
