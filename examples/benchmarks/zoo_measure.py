@@ -4,7 +4,6 @@ All times are of the processor on one thread, so that other work on the machine 
 """
 
 import math
-import statistics
 import time
 import warnings
 from collections import Counter
@@ -30,7 +29,7 @@ from stn_fx.verify.subject import Inputs, cast, randomise_constants, randomise_r
 HPARAMS = ("dropout(shared), drop_path(shared), weight_decay", "dropout(shared), weight_decay", "weight_decay")
 """The first that has a place in the model: one rate for all dropouts, however many there are."""
 ENOUGH = 0.95
-REPETITIONS = 2
+TIMED_SECONDS = 0.1
 VALUES, GRADIENTS = 1e-6, 1e-4
 """Largest relative errors that pass in float64."""
 
@@ -239,11 +238,12 @@ def _update_cost(stn: stn_fx.SelfTuningModule, inputs: Inputs) -> tuple[float, f
             each.step()
             each.zero_grad()
 
-    seconds: dict[Callable[[], None], list[float]] = {ordinary: [], both: []}
-    for _ in range(REPETITIONS + 1):
-        for update, taken in seconds.items():
+    ordinary(), both()
+    seconds = {ordinary: 0.0, both: 0.0}
+    while seconds[ordinary] < TIMED_SECONDS:
+        for update in seconds:
             start = time.process_time()
             update()
-            taken.append(time.process_time() - start)
-    ratio = statistics.median(b / a for a, b in zip(*seconds.values(), strict=True))
+            seconds[update] += time.process_time() - start
+    ratio = seconds[both] / seconds[ordinary]
     return ratio, peak_bytes(both) / peak_bytes(ordinary)

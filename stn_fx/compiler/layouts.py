@@ -192,7 +192,9 @@ def _probe_placeholder(
         return value.index_select(axis, rows)
     tensor = state[captured.state[node.name]].detach()
     if isinstance(state[captured.state[node.name]], torch.nn.Parameter) and tensor.is_floating_point():
-        return torch.rand(tensor.shape, generator=generator).add_(0.5).to(tensor)
+        # Positive, so that nothing cancels; layers keep the size of values, since an overflow would look like poison.
+        fan_in = tensor.numel() / max(1, tensor.shape[0]) if tensor.ndim > 1 else 1.0
+        return torch.rand(tensor.shape, generator=generator).add_(0.5).div_(fan_in).to(tensor)
     return tensor.clone()
 
 
