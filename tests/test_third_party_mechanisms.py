@@ -100,3 +100,28 @@ def test_parameters_of_the_training_pass_alone_are_checked_there() -> None:
     assert stn.report.conditioned_share == 1
     result = stn_fx.check(stn, x)
     assert result.passed, str(result)
+
+
+class SharedModule(nn.Module):
+    """One module in two places (CoaT): two names for each of its parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.again = nn.ModuleList([self.first])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again[0](self.first(x).tanh())
+
+
+def test_report_and_check_leave_shared_modules_alone() -> None:
+    x = torch.randn(3, 4)
+    model = SharedModule()
+    weight, value = model.first.weight, model.first.weight.detach().clone()
+    stn = stn_fx.transform(model, "weight_decay", (x,))
+    assert stn.report.cost is not None
+    assert model.first.weight is weight
+    result = stn_fx.check(stn, x)
+    assert result.passed, str(result)
+    assert model.first.weight is weight
+    assert torch.equal(model.first.weight, value)

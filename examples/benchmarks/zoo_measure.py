@@ -4,7 +4,6 @@ All times are of the processor on one thread, so that other work on the machine 
 """
 
 import math
-import statistics
 import time
 import warnings
 from collections import Counter
@@ -24,12 +23,15 @@ from stn_fx.errors import StnError, UnknownHyperparameterError
 from stn_fx.verify.check import least_precision, make_trial, run_oracles
 from stn_fx.verify.judge import floating
 from stn_fx.verify.oracles import weighted_sum
+from stn_fx.verify.result import OracleResult
 from stn_fx.verify.subject import Inputs, cast, randomise_constants, randomise_response, split_inputs
 
 HPARAMS = ("dropout(shared), drop_path(shared), weight_decay", "dropout(shared), weight_decay", "weight_decay")
 """The first that has a place in the model: one rate for all dropouts, however many there are."""
 ENOUGH = 0.95
-REPETITIONS = 2
+TIMED_SECONDS = 0.1
+VALUES, GRADIENTS = 1e-6, 1e-4
+"""Largest relative errors that pass in float64."""
 
 
 @dataclass
@@ -194,7 +196,9 @@ def _judge(stn: stn_fx.SelfTuningModule, inputs: Inputs, row: Row) -> None:
         if name in _COLUMNS:
             setattr(row, _COLUMNS[name], error)
     row.unchanged = max(error or 0.0 for name, error in found.errors.items() if name.startswith("unchanged"))
-    wrong = [f"{each.name} {each.error:.1e} {each.note}".strip() for each in found.oracles if not each.passed]
+    wrong = [
+        f"{each.name} {each.error:.1e} {each.note}".strip() for each in found.oracles if not _holds(each, precision)
+    ]
     if wrong:
         row.verdict, row.reason = "WRONG", "; ".join(wrong)
     elif (row.conditioned or 0.0) < ENOUGH:
@@ -202,6 +206,14 @@ def _judge(stn: stn_fx.SelfTuningModule, inputs: Inputs, row: Row) -> None:
     else:
         row.verdict = "pass"
         row.reason = "; ".join(each.note for each in found.oracles if each.note)
+
+
+def _holds(result: OracleResult, precision: torch.dtype) -> bool:
+    """Within the zoo's limits in float64: batch norms over two examples amplify rounding more than a usual batch."""
+    limit = result.tolerance
+    if precision == torch.float64 and limit > 0:
+        limit = GRADIENTS if result.name.startswith("gradients") else VALUES
+    return result.error is None or result.error <= limit
 
 
 def _update_cost(stn: stn_fx.SelfTuningModule, inputs: Inputs) -> tuple[float, float]:
@@ -226,11 +238,12 @@ def _update_cost(stn: stn_fx.SelfTuningModule, inputs: Inputs) -> tuple[float, f
             each.step()
             each.zero_grad()
 
-    seconds: dict[Callable[[], None], list[float]] = {ordinary: [], both: []}
-    for _ in range(REPETITIONS + 1):
-        for update, taken in seconds.items():
+    ordinary(), both()
+    seconds = {ordinary: 0.0, both: 0.0}
+    while seconds[ordinary] < TIMED_SECONDS:
+        for update in seconds:
             start = time.process_time()
             update()
-            taken.append(time.process_time() - start)
-    ratio = statistics.median(b / a for a, b in zip(*seconds.values(), strict=True))
+            seconds[update] += time.process_time() - start
+    ratio = seconds[both] / seconds[ordinary]
     return ratio, peak_bytes(both) / peak_bytes(ordinary)

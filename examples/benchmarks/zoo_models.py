@@ -19,7 +19,7 @@ from simple_cnn import SimpleCNN
 from torch import Tensor, nn
 
 BATCH = 2
-SIDES = (64, 96, 128, 160, 192, 224, 256, 288, 299, 384)
+SIDES = (64, 96, 128, 160, 192, 224, 240, 256, 288, 299, 384, 512)
 """Tried in turn.  Below 64, the last batch norms of a network see one pixel and two examples, which says nothing."""
 KEPT_BLOCKS = 2
 SMALLEST_TIMM = Path(__file__).with_name("timm_smallest.csv")

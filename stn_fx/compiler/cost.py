@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 from stn_fx.augment.draws import Draws
 from stn_fx.compiler.pipeline import CompiledModel, state_tensors
+from stn_fx.compiler.slots import slots
 
 if TYPE_CHECKING:
     from stn_fx.transform import SelfTuningModule
@@ -129,8 +130,8 @@ def predict_cost(compiled: CompiledModel, stn: "SelfTuningModule", batch_size: i
 
     def ordinary() -> Any:
         args, kwargs = pytree.tree_unflatten(inputs, compiled.captured.input_spec)
-        own = {name: state[name] for name, _ in (*stn.model.named_parameters(), *stn.model.named_buffers())}
-        return torch.func.functional_call(stn.model, own, args, kwargs)
+        own = {name: state[name] for name, _ in slots(stn.model)}
+        return torch.func.functional_call(stn.model, own, args, kwargs, tie_weights=False)
 
     def linearized() -> Any:
         _, tangents = compiled.linearized_training(detached, response, values_BH, values_BH, draws, *inputs)

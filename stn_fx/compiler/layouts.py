@@ -43,6 +43,7 @@ def analyse_layouts(captured: CapturedGraph, model: CapturedModel, state: dict[s
         layout = _decide(axes, rows.get(node)) or _of_repeated(node, axes)
         if layout is not None:
             layouts[node] = layout
+    _agree_with_users(layouts, rows)
     return layouts
 
 
@@ -80,14 +81,30 @@ def _decide(axes: dict[int, int | None], rows: dict[int, set[int]] | None) -> Ba
 
 
 def _of_repeated(node: Node, axes: dict[int, int | None]) -> BatchLayout | None:
-    """``repeat(B, ...)`` of a value that is the same for all examples: the copies are in front, batch-major."""
+    """``repeat(B, ...)`` of a value that is the same for all examples: one copy after the other, batch-major."""
     if node.target is not aten.repeat.default or len(axes) != 1:
         return None
     ((axis, count),) = axes.items()
-    times = node.args[1][axis]
-    if not isinstance(times, Node) or count is None or isinstance(node.args[0].meta["val"].numel(), torch.SymInt):
-        return None
-    return BatchLayout(axis, 1, count)
+    source = node.args[0].meta["val"]
+    added = len(node.args[1]) - source.ndim
+    rows = source.shape[axis - added] if axis >= added else 1
+    # As many copies as examples, neither more nor fewer, so that a copy is an example's.
+    return BatchLayout(axis, 1, count) if isinstance(rows, int) and count == rows else None
+
+
+def _agree_with_users(layouts: dict[Node, BatchLayout], rows: dict[Node, dict[int, set[int]]]) -> None:
+    """Drop the layout of a repeated value where an operator uses its rows for other examples."""
+    for node in [n for n in layouts if n.target is aten.repeat.default and n not in rows]:
+        layout, seen, frontier = layouts[node], {node}, [node]
+        while frontier:
+            for user in frontier.pop().users:
+                if user in rows:
+                    met = layouts.get(user)
+                    if met is not None and met.outer * met.inner == layout.inner and met.inner != layout.inner:
+                        layouts.pop(node, None)
+                elif user not in seen:
+                    seen.add(user)
+                    frontier.append(user)
 
 
 def _covers(rows: set[int], expected: set[int], outer: int, inner: int) -> bool:
@@ -203,7 +220,9 @@ def _probe_placeholder(
         return value.index_select(axis, rows)
     tensor = state[captured.state[node.name]].detach()
     if isinstance(state[captured.state[node.name]], torch.nn.Parameter) and tensor.is_floating_point():
-        return torch.rand(tensor.shape, generator=generator).add_(0.5).to(tensor)
+        # Positive, so that nothing cancels; layers keep the size of values, since an overflow would look like poison.
+        fan_in = tensor.numel() / max(1, tensor.shape[0]) if tensor.ndim > 1 else 1.0
+        return torch.rand(tensor.shape, generator=generator).add_(0.5).div_(fan_in).to(tensor)
     return tensor.clone()
 
 

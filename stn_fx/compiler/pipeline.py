@@ -179,7 +179,8 @@ def _capture_with_batch_axis(
     raise BatchLayoutError(
         f"No axis of the inputs of {type(model).__name__} can be the batch: along axis 0 and 1 the examples are not "
         f"independent in the outputs, or the outputs have no axis for them. Return one row per example, or name the "
-        f"axis with batch_axis= (an int, or one per input)."
+        f"axis with batch_axis= (an int, or one per input). Outputs that compare examples with each other, as a "
+        f"contrastive loss needs them, have none: leave them out of the forward."
     )
 
 
