@@ -5,8 +5,10 @@ The way of the data: a loader's batch -> `Objective.batch` -> the updates of one
 """
 
 from stn_fx.bilevel.algorithm import Algorithm, InnerRecord, OuterRecord
-from stn_fx.bilevel.callbacks import Callback, KeepBest
+from stn_fx.bilevel.callbacks import Callback, KeepBest, SafePoint
+from stn_fx.bilevel.checkpoint import Checkpoint
 from stn_fx.bilevel.evaluation import Evaluation, evaluate
+from stn_fx.bilevel.interruption import Terminated
 from stn_fx.bilevel.objective import Objective
 from stn_fx.bilevel.records import EpochRecord, FitResult, SchedulePoint
 from stn_fx.bilevel.run_folder import RunFolder
@@ -18,6 +20,7 @@ __all__ = [
     "Algorithm",
     "BilevelTrainer",
     "Callback",
+    "Checkpoint",
     "DeltaSTN",
     "EpochRecord",
     "Evaluation",
@@ -29,7 +32,9 @@ __all__ = [
     "Objective",
     "OuterRecord",
     "RunFolder",
+    "SafePoint",
     "SchedulePoint",
+    "Terminated",
     "cosine",
     "evaluate",
 ]

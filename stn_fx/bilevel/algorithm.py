@@ -81,6 +81,15 @@ class Algorithm(ABC):
     def outer_step(self, content: Any) -> OuterRecord:
         """Update hyperparameters by one validation batch; raises as `inner_step` does."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the wrapped model, as tensors and plain data."""
+        return {"optimizers": {role: optimizer.state_dict() for role, optimizer in self.optimizers.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave; the model is captured."""
+        for role, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][role])
+
     def prepare(self, content: Any) -> Batch:
         """The batch on the model's device; the first one also captures the model and builds the optimizers."""
         batch = self.objective.batch(content, device_of(self.stn))

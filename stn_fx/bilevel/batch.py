@@ -8,7 +8,7 @@ Understood without a word from the user:
 Anything else needs `Objective(inputs=...)`, see `stn_fx.bilevel.objective`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,18 +78,3 @@ def to_device(content: Any, device: torch.device) -> Any:
 def leading_size(value: Any) -> int | None:
     """Length of the first axis of the first tensor in a nested value; None where there is no tensor with an axis."""
     return next((leaf.shape[0] for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.ndim), None)
-
-
-def cycle(loader: Any) -> Iterator[Any]:
-    """Batches without end: the loader is started anew, and so reshuffled, each time it ends.
-
-    Raises:
-        InputError: the loader is empty.
-    """
-    while True:
-        empty = True
-        for content in loader:
-            empty = False
-            yield content
-        if empty:
-            raise InputError("The validation loader is empty. Give it at least one batch (mind drop_last=True).")

@@ -1,6 +1,7 @@
 """What a run leaves behind: the schedule of the hyperparameters, the history of the losses, the result."""
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,13 @@ class FitResult:
         schedule: the hyperparameters before training, and after every outer step (every epoch where there is none).
         history: one record per finished epoch.
         interrupted: whether training stopped before the last epoch.
+        resumed_at: inner steps after which the run was taken up again from a checkpoint.
     """
 
     schedule: list[SchedulePoint] = field(default_factory=list)
     history: list[EpochRecord] = field(default_factory=list)
     interrupted: bool = False
+    resumed_at: list[int] = field(default_factory=list)
 
     @property
     def values(self) -> dict[str, float]:
@@ -71,3 +74,15 @@ class FitResult:
     def best(self) -> EpochRecord | None:
         """The epoch with the lowest validation loss; None where no epoch was finished."""
         return min(self.history, key=lambda record: record.valid_loss, default=None)
+
+    def to_json(self) -> str:
+        """The whole result; numbers read back exactly."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> "FitResult":
+        """What `to_json` wrote."""
+        content = json.loads(text)
+        schedule = [SchedulePoint(**point) for point in content.pop("schedule")]
+        history = [EpochRecord(**record) for record in content.pop("history")]
+        return FitResult(schedule=schedule, history=history, **content)

@@ -1,7 +1,7 @@
 """Learning rates over a run: any torch scheduler, stepped once per inner step."""
 
 from collections.abc import Callable, Iterable, Sized
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
@@ -60,6 +60,16 @@ class LearningRateSchedule(Callback):
     def inner_step_ended(self, trainer: "BilevelTrainer", epoch: int, record: InnerRecord) -> None:
         self._scheduler.step()
         self._follow()
+
+    def state_dict(self) -> dict[str, Any]:
+        followers = [rates for _, rates in self._followers]
+        return {"scheduler": self._scheduler.state_dict(), "leader": self._leader, "followers": followers}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._scheduler.load_state_dict(state["scheduler"])
+        self._leader = state["leader"]
+        optimizers = [optimizer for optimizer, _ in self._followers]
+        self._followers = list(zip(optimizers, state["followers"], strict=True))
 
     def _follow(self) -> None:
         share = sum(self._scheduler.get_last_lr()) / (sum(self._leader) or 1.0)
