@@ -26,7 +26,7 @@ class LiveProgress(Callback):
         self.inner = 0
 
     def fit_started(self, trainer: BilevelTrainer, epochs: int, result: FitResult) -> None:
-        self.task = self.progress.add_task("", total=epochs)
+        self.task = self.progress.add_task("", total=epochs, completed=len(result.history))
         self.epochs = epochs
         if self.console.is_terminal:
             self.live.start()

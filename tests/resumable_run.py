@@ -1,4 +1,4 @@
-"""A small real run that a test can kill: `python resumable_run.py FOLDER [KILL_AFTER]` trains, and resumes where it can.
+"""A small real run that a test can kill: `python resumable_run.py FOLDER KILL_AFTER` trains, and resumes where it can.
 
 Everything that draws is in it: dropout and cutout masks, perturbations, a shuffling loader without a generator of its
 own, one with, augmentation from Python's, NumPy's and torch's global generators.

@@ -226,17 +226,34 @@ def test_options_of_checkpoints_are_checked(tmp_path):
         Checkpoint(tmp_path, every_steps=0)
 
 
-def test_a_loader_that_became_shorter_is_refused(tmp_path):
+class Unsized:
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        (list, r"batches of the loader train is 4 in .* and 2 here"),
+        (Unsized, "after 3 batches of a pass over the trai"),
+    ],
+)
+def test_a_loader_that_became_shorter_is_refused(tmp_path, loader, message):
     class Stop(Callback):
         def safe_point(self, trainer, point):
             if point.inner_step == 3:
                 raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError):
-        fake_trainer().fit(2, callbacks=[Checkpoint(tmp_path, every_steps=1), Stop()])
     trainer = fake_trainer()
-    trainer.train = TRAIN[:2]
-    with pytest.raises(CheckpointError, match="after 3 batches of a pass over the training loader"):
+    trainer.train = loader(TRAIN)
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit(2, callbacks=[Checkpoint(tmp_path, every_steps=1), Stop()])
+    trainer = fake_trainer()
+    trainer.train = loader(TRAIN[:2])
+    with pytest.raises(CheckpointError, match=message):
         trainer.fit(2, resume_from=tmp_path)
 
 

@@ -128,9 +128,9 @@ def package_version() -> str:
 
 def _not_plain(path: str, value: Any) -> CheckpointError:
     return CheckpointError(
-        f"The state at {path} is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint cannot hold: "
-        f"it is read without executing code, so it holds tensors, numbers, strings, lists and dicts only. Let the "
-        f"state_dict of its owner (model, optimizer, scheduler or callback) give these."
+        f"The state at {path} is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint cannot "
+        f"hold: it is read without executing code, so it holds tensors, numbers, strings, lists and dicts only. Let "
+        f"the state_dict of its owner (model, optimizer, scheduler or callback) give these."
     )
 
 

@@ -1,7 +1,7 @@
 """`BilevelTrainer`: epochs of inner and outer steps over any two loaders, with a record of all that happened."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -268,6 +268,11 @@ class _Fit:
             "algorithm": type(self.algorithm).__qualname__,
             "optimizer": {role: type(each).__qualname__ for role, each in self.algorithm.optimizers.items()},
             "callback": [type(each).__qualname__ for each in self.callbacks if each.has_state()],
+            "batches of the loader": {
+                name: len(loader)
+                for name, loader in (("train", self.trainer.train), ("valid", self.trainer.valid))
+                if isinstance(loader, Sized)
+            },
             "option": {
                 "epochs": self.epochs,
                 "warmup_epochs": self.warmup_epochs,
