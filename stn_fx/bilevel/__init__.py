@@ -5,6 +5,7 @@ The way of the data: a loader's batch -> `Objective.batch` -> the updates of one
 """
 
 from stn_fx.bilevel.algorithm import Algorithm, InnerRecord, OuterRecord
+from stn_fx.bilevel.apply import UpdateOptions
 from stn_fx.bilevel.callbacks import Callback, KeepBest, SafePoint
 from stn_fx.bilevel.checkpoint import Checkpoint
 from stn_fx.bilevel.evaluation import Evaluation, evaluate
@@ -35,6 +36,7 @@ __all__ = [
     "SafePoint",
     "SchedulePoint",
     "Terminated",
+    "UpdateOptions",
     "cosine",
     "evaluate",
 ]

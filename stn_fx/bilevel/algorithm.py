@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from stn_fx.bilevel.apply import Outcome, UpdateOptions, Updater
 from stn_fx.bilevel.batch import Batch
 from stn_fx.bilevel.objective import Loss, Objective, as_objective
 from stn_fx.bilevel.optimizers import OptimizerChoice, Role, resolve_optimizer
@@ -17,6 +18,9 @@ from stn_fx.errors import StnError
 
 if TYPE_CHECKING:
     from stn_fx.transform import SelfTuningModule
+
+INNER: tuple[Role, ...] = ("base", "response")
+OUTER: tuple[Role, ...] = ("hyper", "scale")
 
 
 @dataclass(frozen=True)
@@ -26,17 +30,36 @@ class InnerRecord:
     Attributes:
         loss: training loss of the base pass, with weight decay where it is tuned.
         response_loss: training loss of the linearized pass; None where there was none.
+        skipped: why an update was not applied, for each that was not.
     """
 
     loss: float
     response_loss: float | None = None
+    skipped: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(base: Outcome, response: Outcome | None = None) -> "InnerRecord":
+        """From the outcomes of the updates."""
+        reasons = [each.skipped for each in (base, response) if each is not None and each.skipped]
+        return InnerRecord(base.loss, None if response is None else response.loss, tuple(reasons))
 
 
 @dataclass(frozen=True)
 class OuterRecord:
-    """Validation loss of one outer step at perturbed hyperparameters, without the entropy term, before its update."""
+    """One outer step.
+
+    Attributes:
+        loss: validation loss at perturbed hyperparameters, without the entropy term, before the update.
+        skipped: why the update was not applied, where it was not.
+    """
 
     loss: float
+    skipped: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(outcome: Outcome) -> "OuterRecord":
+        """From the outcome of the update."""
+        return OuterRecord(outcome.loss, (outcome.skipped,) if outcome.skipped else ())
 
 
 class Algorithm(ABC):
@@ -46,6 +69,7 @@ class Algorithm(ABC):
         stn: the wrapped model.
         loss: `loss(output, target)` or an `Objective`.
         choices: the optimizers that this algorithm uses, by group; None for a default.
+        updates: accumulation, clipping, autocast, and what is done about losses that are not finite.
 
     Raises:
         InputError: an optimizer does not fit its group. Known here where the model is captured already, else at the
@@ -54,16 +78,23 @@ class Algorithm(ABC):
     Attributes:
         tunes: whether outer steps move the hyperparameters.
         optimizers: by group; empty until the model is captured.
+        updaters: what steps them; those of hyperparameters and scales step together, under "hyper".
     """
 
     tunes: bool
 
     def __init__(
-        self, stn: "SelfTuningModule", loss: Loss | Objective, choices: Mapping[Role, OptimizerChoice]
+        self,
+        stn: "SelfTuningModule",
+        loss: Loss | Objective,
+        choices: Mapping[Role, OptimizerChoice],
+        updates: UpdateOptions | None = None,
     ) -> None:
         self.stn = stn
+        self.updates = updates or UpdateOptions()
         self.objective = as_objective(loss)
         self.optimizers: dict[Role, Optimizer] = {}
+        self.updaters: dict[Role, Updater] = {}
         self._choices = choices
         if is_captured(stn):
             self._build_optimizers()
@@ -74,21 +105,30 @@ class Algorithm(ABC):
 
         Raises:
             InputError: batch or loss has not the form that `Objective` describes.
-            DivergedError: a loss or a gradient is not finite; that update is not applied.
+            DivergedError: too many updates in a row were skipped, because loss or gradient was not finite.
         """
 
     @abstractmethod
     def outer_step(self, content: Any) -> OuterRecord:
         """Update hyperparameters by one validation batch; raises as `inner_step` does."""
 
+    @property
+    def healthy(self) -> bool:
+        """Whether the last update of every group was applied."""
+        return not any(updater.skipped_in_a_row for updater in self.updaters.values())
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the wrapped model, as tensors and plain data."""
-        return {"optimizers": {role: optimizer.state_dict() for role, optimizer in self.optimizers.items()}}
+        return {"updaters": {role: updater.state_dict() for role, updater in self.updaters.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave; the model is captured."""
-        for role, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][role])
+        for role, updater in self.updaters.items():
+            updater.load_state_dict(state["updaters"][role])
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """The context that a pass and its loss are computed in."""
+        return self.updates.precision(device_of(self.stn))
 
     def prepare(self, content: Any) -> Batch:
         """The batch on the model's device; the first one also captures the model and builds the optimizers."""
@@ -112,6 +152,14 @@ class Algorithm(ABC):
             role: resolve_optimizer(choice, role, parameters[role], decay_is_tuned)
             for role, choice in self._choices.items()
         }
+        limit = self.updates.skip_limit
+        for role in INNER:
+            if role in self.optimizers:
+                accumulate, clip_norm = self.updates.accumulate, self.updates.clip_norm
+                self.updaters[role] = Updater([self.optimizers[role]], role, accumulate, clip_norm, limit)
+        outer = [self.optimizers[role] for role in OUTER if role in self.optimizers]
+        if outer:
+            self.updaters["hyper"] = Updater(outer, "hyper and scale", skip_limit=limit)
 
 
 def is_captured(stn: "SelfTuningModule") -> bool:

@@ -21,7 +21,7 @@ class SafePoint:
         inner_step: inner steps done.
         epoch_ended: whether an epoch has just ended, evaluation included.
         stopping: whether the run is about to stop, because a signal asked for it.
-        healthy: whether the last updates were applied; false while they are skipped as not finite.
+        healthy: whether the last updates were applied and everything is finite, so that this is worth keeping.
         identity: whose state it is, see `stn_fx.bilevel.checkpoint_file`.
         state: everything that training goes on from; tensors are live, not copies.
     """
@@ -29,7 +29,7 @@ class SafePoint:
     inner_step: int
     epoch_ended: bool
     stopping: bool
-    healthy: bool
+    healthy: Callable[[], bool]
     identity: Callable[[], dict[str, Any]]
     state: Callable[[], dict[str, Any]]
 

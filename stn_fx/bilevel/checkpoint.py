@@ -61,7 +61,7 @@ class Checkpoint(Callback):
             require_plain(point.state())
             self._checked = True
         due = self.every_steps is not None and point.inner_step % self.every_steps == 0
-        if point.healthy and (due or point.epoch_ended or point.stopping):
+        if (due or point.epoch_ended or point.stopping) and point.healthy():
             write_checkpoint(checkpoint_path(self.folder, point.inner_step), point.identity(), point.state())
             for old in checkpoints_in(self.folder)[: -self.keep]:
                 old.unlink()

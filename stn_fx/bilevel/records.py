@@ -1,6 +1,7 @@
 """What a run leaves behind: the schedule of the hyperparameters, the history of the losses, the result."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 
 
@@ -31,12 +32,14 @@ class EpochRecord:
         epoch: counted from 1.
         inner_step: inner steps done by its end.
         outer_step: outer steps done by its end.
-        train_loss: mean training loss of the base pass, regularized as the hyperparameters say.
+        train_loss: mean training loss of the base pass, regularized as the hyperparameters say; over the steps where it
+            is finite, and NaN where there are none.
         response_loss: mean training loss of the linearized pass; None where there was none.
         valid_loss: mean loss on the whole validation set, evaluation mode, unperturbed.
         valid_accuracy: share in [0, 1] of validation examples whose highest score is at the target; None where the
             task is not a classification.
         seconds: wall time of training and evaluation in this epoch.
+        skipped: updates that were not applied because loss or gradient was not finite.
     """
 
     epoch: int
@@ -47,6 +50,7 @@ class EpochRecord:
     valid_loss: float
     valid_accuracy: float | None
     seconds: float
+    skipped: int = 0
 
 
 @dataclass
@@ -73,7 +77,16 @@ class FitResult:
     @property
     def best(self) -> EpochRecord | None:
         """The epoch with the lowest validation loss; None where no epoch was finished."""
-        return min(self.history, key=lambda record: record.valid_loss, default=None)
+
+        def order(record: EpochRecord) -> float:
+            return record.valid_loss if math.isfinite(record.valid_loss) else math.inf
+
+        return min(self.history, key=order, default=None)
+
+    @property
+    def skipped(self) -> int:
+        """Updates of the whole run that were not applied because loss or gradient was not finite."""
+        return sum(record.skipped for record in self.history)
 
     def to_json(self) -> str:
         """The whole result; numbers read back exactly."""

@@ -109,6 +109,8 @@ def summary(result: FitResult, specs: list[dict[str, object]]) -> dict[str, obje
         "scales": result.schedule[-1].scales,
         "best_epoch": best and {**asdict(best), "values": at_best and at_best.values},
         "interrupted": result.interrupted,
+        "resumed_at": result.resumed_at,
+        "skipped_updates": result.skipped,
         "hyperparameters": specs,
     }
 

@@ -3,11 +3,14 @@
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch.nn.functional as F
+from torch import Tensor
 
 from stn_fx.bilevel.algorithm import Algorithm, InnerRecord, OuterRecord, training_mode
+from stn_fx.bilevel.apply import UpdateOptions
+from stn_fx.bilevel.batch import Batch
 from stn_fx.bilevel.objective import Loss, Objective
 from stn_fx.bilevel.optimizers import OptimizerChoice
-from stn_fx.bilevel.updates import base_update, hyper_update, response_update
+from stn_fx.bilevel.updates import base_update, batch_size, hyper_update, response_update
 from stn_fx.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ class DeltaSTNOptions(TypedDict, total=False):
     hyper_optimizer: OptimizerChoice
     scale_optimizer: OptimizerChoice
     entropy_weight: float
+    updates: UpdateOptions | None
 
 
 class DeltaSTN(Algorithm):
@@ -49,6 +53,8 @@ class DeltaSTN(Algorithm):
         hyper_optimizer: over `[stn.hparams.raw]`.
         scale_optimizer: over `[stn.hparams.raw_scale]`.
         entropy_weight: tau in `L_valid - tau * entropy(scale)`, per nat.
+        updates: gradient accumulation and clipping, autocast, and how many updates in a row may be skipped because they
+            are not finite.
 
     Raises:
         InputError: an optimizer over other parameters, or with a weight decay beside the hyperparameter weight_decay.
@@ -66,6 +72,7 @@ class DeltaSTN(Algorithm):
         hyper_optimizer: OptimizerChoice = None,
         scale_optimizer: OptimizerChoice = None,
         entropy_weight: float = ENTROPY_WEIGHT,
+        updates: UpdateOptions | None = None,
     ) -> None:
         super().__init__(
             stn,
@@ -76,6 +83,7 @@ class DeltaSTN(Algorithm):
                 "hyper": hyper_optimizer,
                 "scale": scale_optimizer,
             },
+            updates,
         )
         self.entropy_weight = entropy_weight
 
@@ -83,15 +91,25 @@ class DeltaSTN(Algorithm):
         """One update of the base parameters, then one of the response parameters with fresh perturbations."""
         batch = self.prepare(content)
         with training_mode(self.stn):
-            loss = base_update(self.stn, self.objective, self.optimizers["base"], batch)
-            response_loss = response_update(self.stn, self.objective, self.optimizers["response"], batch)
-        return InnerRecord(loss, response_loss)
+            base = base_update(self.stn, self.objective, self.updaters["base"], batch, self.precision())
+            raw_BH = self._perturbed(batch).detach()
+            response = response_update(
+                self.stn, self.objective, self.updaters["response"], batch, raw_BH, self.precision()
+            )
+        return InnerRecord.of(base, response)
 
     def outer_step(self, content: Any) -> OuterRecord:
         """One update of raw hyperparameters and scales; base, response and buffers are untouched."""
         batch = self.prepare(content)
-        optimizers = [self.optimizers["hyper"], self.optimizers["scale"]]
-        return OuterRecord(hyper_update(self.stn, self.objective, optimizers, batch, self.entropy_weight))
+        raw_BH = self._perturbed(batch)
+        updater, precision = self.updaters["hyper"], self.precision()
+        return OuterRecord.of(
+            hyper_update(self.stn, self.objective, updater, batch, raw_BH, self.entropy_weight, precision)
+        )
+
+    def _perturbed(self, batch: Batch) -> Tensor:
+        """Raw hyperparameters (B, H), perturbed for every example on its own."""
+        return self.stn.hparams.sample(batch_size(self.stn, batch), generator=self.stn.generator())
 
 
 class FixedHyperparameters(Algorithm):
@@ -101,6 +119,7 @@ class FixedHyperparameters(Algorithm):
         stn: the wrapped model.
         loss: as for `DeltaSTN`.
         base_optimizer: as for `DeltaSTN`.
+        updates: as for `DeltaSTN`.
     """
 
     tunes = False
@@ -111,14 +130,15 @@ class FixedHyperparameters(Algorithm):
         loss: Loss | Objective = F.cross_entropy,
         *,
         base_optimizer: OptimizerChoice = None,
+        updates: UpdateOptions | None = None,
     ) -> None:
-        super().__init__(stn, loss, {"base": base_optimizer})
+        super().__init__(stn, loss, {"base": base_optimizer}, updates)
 
     def inner_step(self, content: Any) -> InnerRecord:
         """One update of the base parameters."""
         batch = self.prepare(content)
         with training_mode(self.stn):
-            return InnerRecord(base_update(self.stn, self.objective, self.optimizers["base"], batch))
+            return InnerRecord.of(base_update(self.stn, self.objective, self.updaters["base"], batch, self.precision()))
 
     def outer_step(self, content: Any) -> OuterRecord:
         """Refused: fixed hyperparameters have no outer step."""

@@ -1,5 +1,6 @@
 """`BilevelTrainer`: epochs of inner and outer steps over any two loaders, with a record of all that happened."""
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
@@ -100,7 +101,7 @@ class BilevelTrainer:
         Raises:
             InputError: an option is out of range, a loader is empty, or batch or loss has the wrong form.
             CheckpointError: the checkpoint cannot be read, or is of another model, version or run.
-            DivergedError: a loss or a gradient is not finite.
+            DivergedError: too many updates in a row were skipped, because loss or gradient was not finite.
             KeyboardInterrupt: Ctrl-C (or its kind `Terminated`: SIGTERM); raised between two updates, after callbacks
                 have seen what there was of the result. A second signal acts at once.
         """
@@ -155,6 +156,7 @@ class _Fit:
     def _begin_epoch(self) -> None:
         self.losses: list[float] = []
         self.response_losses: list[float] = []
+        self.skipped = 0
         self.seconds_before = 0.0
         self.began = time.perf_counter()
 
@@ -197,11 +199,12 @@ class _Fit:
             record = self.algorithm.inner_step(content)
             self.inner += 1
             self.losses.append(record.loss)
+            self.skipped += len(record.skipped)
             if record.response_loss is not None:
                 self.response_losses.append(record.response_loss)
             for callback in self.callbacks:
                 callback.inner_step_ended(self.trainer, self.epoch, record)
-            if self.algorithm.tunes and self.epoch > self.warmup_epochs and self.inner % self.train_steps == 0:
+            if self.algorithm.tunes and self.epoch > self.warmup_epochs and self._round_is_due():
                 self._outer_round()
             self._safe_point(interruption)
         if self.result.schedule[-1].epoch < self.epoch:
@@ -217,6 +220,7 @@ class _Fit:
                 valid_loss=valid.loss,
                 valid_accuracy=valid.accuracy,
                 seconds=self._seconds(),
+                skipped=self.skipped,
             )
         )
         for callback in self.callbacks:
@@ -225,9 +229,13 @@ class _Fit:
         self._begin_epoch()
         self._safe_point(interruption, epoch_ended=True)
 
+    def _round_is_due(self) -> bool:
+        return self.inner % (self.train_steps * self.algorithm.updates.accumulate) == 0
+
     def _outer_round(self) -> None:
         for _ in range(self.valid_steps):
-            self.algorithm.outer_step(next(self._endless_validation))
+            record = self.algorithm.outer_step(next(self._endless_validation))
+            self.skipped += len(record.skipped)
             self.outer += 1
             self._record_schedule(self.epoch)
             for callback in self.callbacks:
@@ -243,13 +251,16 @@ class _Fit:
             inner_step=self.inner,
             epoch_ended=epoch_ended,
             stopping=interruption.received is not None,
-            healthy=True,
+            healthy=self._healthy,
             identity=self.identity,
             state=self.state_dict,
         )
         for callback in self.callbacks:
             callback.safe_point(self.trainer, point)
         interruption.raise_received()
+
+    def _healthy(self) -> bool:
+        return self.algorithm.healthy and all(bool(p.isfinite().all()) for p in self.trainer.stn.parameters())
 
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.began
@@ -291,6 +302,7 @@ class _Fit:
             "outer": self.outer,
             "losses": self.losses,
             "response_losses": self.response_losses,
+            "skipped": self.skipped,
             "seconds": self._seconds(),
             "result": self.result.to_json(),
             "stn": persistent,
@@ -319,7 +331,7 @@ class _Fit:
         self.algorithm.load_state_dict(state["algorithm"])
         self.epoch, self.inner, self.outer = state["epoch"], state["inner"], state["outer"]
         self.losses, self.response_losses = state["losses"], state["response_losses"]
-        self.seconds_before = state["seconds"]
+        self.skipped, self.seconds_before = state["skipped"], state["seconds"]
         self.validation_batches.restore(state["valid"])
         self.training_batches.restore(state["train"])
         # Last: beginning the passes again has drawn from the generators.
@@ -327,4 +339,5 @@ class _Fit:
 
 
 def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
