@@ -97,12 +97,12 @@ def test_weight_decay_acts_per_example_on_the_perturbed_weights():
     stn = make()
     with torch.no_grad():
         stn.G.normal_()
-    generator_state = stn.generator().get_state()
     still = partial(SGD, lr=0.0)
     steps = DeltaSTN(stn, lambda output, target: 0 * output.sum(1), base_optimizer=still, response_optimizer=still)
+    generator = torch.Generator()
+    generator.set_state(steps.perturbations.get_state())
     actual = steps.inner_step(BATCH).response_loss
-    stn.generator().set_state(generator_state)
-    raw_BH = stn.hparams.sample(len(BATCH[0]), stn.generator()).detach()
+    raw_BH = stn.hparams.sample(len(BATCH[0]), generator).detach()
     expected = sum(
         0.5 * stn.hparams.constrain(raw)[0] * (stn.model.weight + stn.G @ (raw - stn.hparams.raw)).square().sum()
         for raw in raw_BH

@@ -13,9 +13,12 @@ from stn_fx.bilevel.interruption import Terminated
 from stn_fx.bilevel.objective import Objective
 from stn_fx.bilevel.records import EpochRecord, FitResult, SchedulePoint
 from stn_fx.bilevel.run_folder import RunFolder
+from stn_fx.bilevel.sampling import GlobalSampling, PerBatch, PerExample
 from stn_fx.bilevel.schedules import LearningRateSchedule, cosine
 from stn_fx.bilevel.steps import DeltaSTN, FixedHyperparameters
+from stn_fx.bilevel.tensorboard import TensorBoard
 from stn_fx.bilevel.trainer import BilevelTrainer
+from stn_fx.bilevel.weight_average import WeightAverage
 
 __all__ = [
     "Algorithm",
@@ -27,16 +30,21 @@ __all__ = [
     "Evaluation",
     "FitResult",
     "FixedHyperparameters",
+    "GlobalSampling",
     "InnerRecord",
     "KeepBest",
     "LearningRateSchedule",
     "Objective",
     "OuterRecord",
+    "PerBatch",
+    "PerExample",
     "RunFolder",
     "SafePoint",
     "SchedulePoint",
+    "TensorBoard",
     "Terminated",
     "UpdateOptions",
+    "WeightAverage",
     "cosine",
     "evaluate",
 ]

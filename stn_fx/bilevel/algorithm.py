@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,9 +11,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from stn_fx.bilevel.apply import Outcome, UpdateOptions, Updater
-from stn_fx.bilevel.batch import Batch
+from stn_fx.bilevel.batch import Batch, batch_size
 from stn_fx.bilevel.objective import Loss, Objective, as_objective
 from stn_fx.bilevel.optimizers import OptimizerChoice, Role, resolve_optimizer
+from stn_fx.bilevel.replicas import Replicas
 from stn_fx.errors import StnError
 
 if TYPE_CHECKING:
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 
 INNER: tuple[Role, ...] = ("base", "response")
 OUTER: tuple[Role, ...] = ("hyper", "scale")
+
+# Apart from the seed of the masks, so that no two streams of random numbers are the same.
+PERTURBATIONS = 0x5DE1_7A57
+PER_RANK = 1_000_003
 
 
 @dataclass(frozen=True)
@@ -78,10 +83,13 @@ class Algorithm(ABC):
     Attributes:
         tunes: whether outer steps move the hyperparameters.
         optimizers: by group; empty until the model is captured.
+        replicas: the processes that train together.
+        perturbations: generator of the perturbed hyperparameters; there once the model is captured.
         updaters: what steps them; those of hyperparameters and scales step together, under "hyper".
     """
 
     tunes: bool
+    perturbations: torch.Generator
 
     def __init__(
         self,
@@ -92,6 +100,7 @@ class Algorithm(ABC):
     ) -> None:
         self.stn = stn
         self.updates = updates or UpdateOptions()
+        self.replicas = Replicas()
         self.objective = as_objective(loss)
         self.optimizers: dict[Role, Optimizer] = {}
         self.updaters: dict[Role, Updater] = {}
@@ -119,12 +128,16 @@ class Algorithm(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the wrapped model, as tensors and plain data."""
-        return {"updaters": {role: updater.state_dict() for role, updater in self.updaters.items()}}
+        return {
+            "updaters": {role: updater.state_dict() for role, updater in self.updaters.items()},
+            "perturbations": self.perturbations.get_state(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave; the model is captured."""
         for role, updater in self.updaters.items():
             updater.load_state_dict(state["updaters"][role])
+        self.perturbations.set_state(state["perturbations"])
 
     def precision(self) -> AbstractContextManager[Any]:
         """The context that a pass and its loss are computed in."""
@@ -137,7 +150,8 @@ class Algorithm(ABC):
             self.stn.compile_for(batch.inputs)
         if not self.optimizers:
             self._build_optimizers()
-        return batch
+        rows = self.replicas.rows(batch_size(self.stn, batch), device_of(self.stn))
+        return replace(batch, rows=rows)
 
     def _build_optimizers(self) -> None:
         hparams = self.stn.hparams
@@ -152,14 +166,24 @@ class Algorithm(ABC):
             role: resolve_optimizer(choice, role, parameters[role], decay_is_tuned)
             for role, choice in self._choices.items()
         }
-        limit = self.updates.skip_limit
+        limit, replicas = self.updates.skip_limit, self.replicas
         for role in INNER:
             if role in self.optimizers:
                 accumulate, clip_norm = self.updates.accumulate, self.updates.clip_norm
-                self.updaters[role] = Updater([self.optimizers[role]], role, accumulate, clip_norm, limit)
+                self.updaters[role] = Updater([self.optimizers[role]], role, accumulate, clip_norm, limit, replicas)
         outer = [self.optimizers[role] for role in OUTER if role in self.optimizers]
         if outer:
-            self.updaters["hyper"] = Updater(outer, "hyper and scale", skip_limit=limit)
+            self.updaters["hyper"] = Updater(outer, "hyper and scale", skip_limit=limit, replicas=replicas)
+        self._begin_randomness()
+
+    def _begin_randomness(self) -> None:
+        """Perturbations from a generator of their own, the same in every process; masks differ between processes."""
+        masks = self.stn.generator()
+        seed = masks.initial_seed()
+        self.perturbations = torch.Generator(masks.device).manual_seed((seed + PERTURBATIONS) % 2**63)
+        if self.replicas.rank:
+            masks.manual_seed((seed + PER_RANK * self.replicas.rank) % 2**63)
+        self.replicas.broadcast([*self.stn.parameters(), *self.stn.model.buffers()])
 
 
 def is_captured(stn: "SelfTuningModule") -> bool:

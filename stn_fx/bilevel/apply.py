@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from stn_fx.bilevel.replicas import Replicas
 from stn_fx.errors import DivergedError, InputError
 
 
@@ -73,6 +74,7 @@ class Updater:
         accumulate: losses to average into one step.
         clip_norm: see `UpdateOptions`.
         skip_limit: see `UpdateOptions`.
+        replicas: the processes that the gradients are averaged over.
 
     Attributes:
         skipped_in_a_row: losses that were not applied since the last one that was.
@@ -85,12 +87,14 @@ class Updater:
         accumulate: int = 1,
         clip_norm: float | None = None,
         skip_limit: int = 10,
+        replicas: Replicas | None = None,
     ) -> None:
         self.optimizers = optimizers
         self.group = group
         self.accumulate = accumulate
         self.clip_norm = clip_norm
         self.skip_limit = skip_limit
+        self.replicas = replicas or Replicas()
         self.skipped_in_a_row = 0
         self._gathered = 0
         self._spoilt: str | None = None
@@ -100,12 +104,13 @@ class Updater:
         """Everything that the optimizers move."""
         return [p for optimizer in self.optimizers for each in optimizer.param_groups for p in each["params"]]
 
-    def apply(self, loss: Tensor, what: str) -> Outcome:
+    def apply(self, loss: Tensor, what: str, share: float = 1.0) -> Outcome:
         """Add the gradient of a loss; step when enough are gathered and all were finite.
 
         Args:
             loss: scalar.
             what: its name, for errors.
+            share: weight of this process, see `Rows.share`.
 
         Raises:
             InputError: the loss depends on nothing that is trained.
@@ -117,14 +122,19 @@ class Updater:
                 f"made of integers?), so there is nothing to learn from. Compute it from the output with torch "
                 f"operations."
             )
-        value = loss.item()
+        value, unusable = loss.item(), 0.0
+        if not math.isfinite(value):
+            unusable = 1.0
+        if self.replicas.count > 1:
+            total, unusable = self.replicas.sums([share * value, unusable], loss.device)
+            value = total / self.replicas.count
         if self._gathered == 0:
             self._forget()
         reason = None
-        if not math.isfinite(value):
+        if unusable:
             reason = f"the {what} is {value}"
         else:
-            (loss / self.accumulate).backward(inputs=self.parameters)
+            (loss * (share / self.accumulate)).backward(inputs=self.parameters)
         self._gathered += 1
         self._spoilt = self._spoilt or reason
         if self._gathered == self.accumulate:
@@ -136,6 +146,7 @@ class Updater:
         reason = self._spoilt
         if reason is None:
             gradients = [p.grad for p in self.parameters if p.grad is not None]
+            self.replicas.average(gradients)
             norm = torch.nn.utils.get_total_norm(gradients)
             if not torch.isfinite(norm):
                 reason = f"the gradient of the {what} is not finite (the loss is {value:g})"

@@ -35,7 +35,14 @@ class SafePoint:
 
 
 class Callback:
-    """Does nothing at every event; override what you need."""
+    """Does nothing at every event; override what you need.
+
+    Attributes:
+        first_process_only: whether only the first of several processes that train together has this callback, because
+            it writes down what all of them have.
+    """
+
+    first_process_only = False
 
     def fit_started(self, trainer: "BilevelTrainer", epochs: int, result: FitResult) -> None:
         """Before the first epoch; the model is captured, `result` grows during training."""

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stn_fx.bilevel.callbacks import Callback, SafePoint
-from stn_fx.bilevel.checkpoint_file import checkpoint_path, checkpoints_in, require_plain, write_checkpoint
+from stn_fx.bilevel.checkpoint_file import checkpoint_path, checkpoints_in, folder_of, require_plain, write_checkpoint
 from stn_fx.bilevel.records import FitResult
 from stn_fx.errors import InputError
 
@@ -42,6 +42,7 @@ class Checkpoint(Callback):
         self._checked = False
 
     def fit_started(self, trainer: "BilevelTrainer", epochs: int, result: FitResult) -> None:
+        self.folder = folder_of(self.folder, trainer.algorithm.replicas)
         self.folder.mkdir(parents=True, exist_ok=True)
         for half_written in self.folder.glob(".step-*.pt"):
             half_written.unlink()

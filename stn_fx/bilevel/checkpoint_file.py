@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from stn_fx.bilevel.atomic import write_atomically
+from stn_fx.bilevel.replicas import Replicas
 from stn_fx.errors import CheckpointError
 
 FORMAT = 1
@@ -77,21 +78,31 @@ def require_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path)
         )
 
 
-def latest_checkpoint(place: str | Path) -> Path:
+def latest_checkpoint(place: str | Path, replicas: Replicas | None = None) -> Path:
     """The checkpoint to resume from: the file itself, or the one of a folder with the most steps.
 
+    Args:
+        place: a file, or the folder of a `Checkpoint` callback.
+        replicas: processes that train together resume from the same step, each from its own file.
+
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none (that every process has).
     """
-    place = Path(place)
-    if not place.is_dir():
+    place, replicas = Path(place), replicas or Replicas()
+    if not place.is_dir() and replicas.count == 1:
         return place
-    found = checkpoints_in(place)
-    if not found:
+    found = {int(path.stem.removeprefix("step-")): path for path in checkpoints_in(folder_of(place, replicas))}
+    common = replicas.common(found)
+    if not common:
         raise CheckpointError(
             f"There is no checkpoint in {place}. Give the folder of a `Checkpoint` callback, or begin a new run."
         )
-    return found[-1]
+    return found[max(common)]
+
+
+def folder_of(folder: Path, replicas: Replicas) -> Path:
+    """Where a process keeps its checkpoints: the first one in the folder itself, the others in folders below."""
+    return folder / f"rank{replicas.rank}" if replicas.rank else folder
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

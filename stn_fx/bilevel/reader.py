@@ -27,6 +27,7 @@ class BatchReader:
         self.name = name
         self.generators = generators
         self.taken = 0
+        self.passes = 0
         self._began: State | None = None
         self._iterator: Iterator[Any] | None = None
 
@@ -52,19 +53,21 @@ class BatchReader:
             if not self.taken:
                 raise InputError(f"The {self.name} loader is empty. Give it at least one batch (mind drop_last=True).")
 
-    def state(self) -> State | None:
-        """The position, as plain data; None between two passes."""
-        return None if self._began is None else {"began": self._began, "taken": self.taken}
+    def state(self) -> State:
+        """The position, as plain data."""
+        return {"began": self._began, "taken": self.taken, "passes": self.passes}
 
-    def restore(self, state: State | None) -> None:
+    def restore(self, state: State) -> None:
         """Go to a position; leaves the generators somewhere, so restore them afterwards.
 
         Raises:
             CheckpointError: the loader ends before that position.
         """
         self._iterator = self._began = None
-        if state is None:
+        self.taken, self.passes = state["taken"], state["passes"]
+        if state["began"] is None:  # between two passes
             return
+        self.passes -= 1
         self.generators.restore(state["began"])
         self._begin(state["began"])
         assert self._iterator is not None
@@ -79,4 +82,10 @@ class BatchReader:
     def _begin(self, began: State) -> None:
         self._began = began
         self.taken = 0
+        sampler: Any = getattr(self.loader, "sampler", None)
+        if sampler is not None and hasattr(
+            sampler, "set_epoch"
+        ):  # torch's DistributedSampler has another order for each pass only if told
+            sampler.set_epoch(self.passes)
+        self.passes += 1
         self._iterator = iter(self.loader)

@@ -40,6 +40,8 @@ class RunFolder(Callback):
         InputError: the path holds another run, or is a file.
     """
 
+    first_process_only = True
+
     def __init__(self, path: str | Path, overwrite: bool = False) -> None:
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():

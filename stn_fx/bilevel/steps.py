@@ -3,14 +3,13 @@
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch.nn.functional as F
-from torch import Tensor
 
 from stn_fx.bilevel.algorithm import Algorithm, InnerRecord, OuterRecord, training_mode
 from stn_fx.bilevel.apply import UpdateOptions
-from stn_fx.bilevel.batch import Batch
 from stn_fx.bilevel.objective import Loss, Objective
-from stn_fx.bilevel.optimizers import OptimizerChoice
-from stn_fx.bilevel.updates import base_update, batch_size, hyper_update, response_update
+from stn_fx.bilevel.optimizers import OptimizerChoice, Role
+from stn_fx.bilevel.sampling import PerExample, Sampling
+from stn_fx.bilevel.updates import base_update, hyper_update, response_update
 from stn_fx.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,6 +27,8 @@ class DeltaSTNOptions(TypedDict, total=False):
     scale_optimizer: OptimizerChoice
     entropy_weight: float
     updates: UpdateOptions | None
+    sampling: Sampling | None
+    tune_scales: bool
 
 
 class DeltaSTN(Algorithm):
@@ -55,6 +56,8 @@ class DeltaSTN(Algorithm):
         entropy_weight: tau in `L_valid - tau * entropy(scale)`, per nat.
         updates: gradient accumulation and clipping, autocast, and how many updates in a row may be skipped because they
             are not finite.
+        sampling: where perturbed hyperparameters come from; `PerExample()` where None.
+        tune_scales: whether outer steps move the scales; else they stay as they began.
 
     Raises:
         InputError: an optimizer over other parameters, or with a weight decay beside the hyperparameter weight_decay.
@@ -73,26 +76,33 @@ class DeltaSTN(Algorithm):
         scale_optimizer: OptimizerChoice = None,
         entropy_weight: float = ENTROPY_WEIGHT,
         updates: UpdateOptions | None = None,
+        sampling: Sampling | None = None,
+        tune_scales: bool = True,
     ) -> None:
+        choices: dict[Role, OptimizerChoice] = {
+            "base": base_optimizer,
+            "response": response_optimizer,
+            "hyper": hyper_optimizer,
+        }
+        if tune_scales:
+            choices["scale"] = scale_optimizer
+        elif scale_optimizer is not None:
+            raise InputError("scale_optimizer: given beside tune_scales=False, which leaves nothing for it.")
         super().__init__(
             stn,
             loss,
-            {
-                "base": base_optimizer,
-                "response": response_optimizer,
-                "hyper": hyper_optimizer,
-                "scale": scale_optimizer,
-            },
+            choices,
             updates,
         )
         self.entropy_weight = entropy_weight
+        self.sampling = sampling or PerExample()
 
     def inner_step(self, content: Any) -> InnerRecord:
         """One update of the base parameters, then one of the response parameters with fresh perturbations."""
         batch = self.prepare(content)
         with training_mode(self.stn):
             base = base_update(self.stn, self.objective, self.updaters["base"], batch, self.precision())
-            raw_BH = self._perturbed(batch).detach()
+            raw_BH = self.sampling.inner(self.stn.hparams, batch.rows, self.perturbations).detach()
             response = response_update(
                 self.stn, self.objective, self.updaters["response"], batch, raw_BH, self.precision()
             )
@@ -101,15 +111,11 @@ class DeltaSTN(Algorithm):
     def outer_step(self, content: Any) -> OuterRecord:
         """One update of raw hyperparameters and scales; base, response and buffers are untouched."""
         batch = self.prepare(content)
-        raw_BH = self._perturbed(batch)
+        raw_BH = self.sampling.outer(self.stn.hparams, batch.rows, self.perturbations)
         updater, precision = self.updaters["hyper"], self.precision()
         return OuterRecord.of(
             hyper_update(self.stn, self.objective, updater, batch, raw_BH, self.entropy_weight, precision)
         )
-
-    def _perturbed(self, batch: Batch) -> Tensor:
-        """Raw hyperparameters (B, H), perturbed for every example on its own."""
-        return self.stn.hparams.sample(batch_size(self.stn, batch), generator=self.stn.generator())
 
 
 class FixedHyperparameters(Algorithm):

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stn_fx.bilevel.algorithm import Algorithm
+from stn_fx.bilevel.algorithm import Algorithm, device_of
 from stn_fx.bilevel.callbacks import Callback, SafePoint
 from stn_fx.bilevel.checkpoint_file import latest_checkpoint, read_checkpoint, require_same
 from stn_fx.bilevel.evaluation import Evaluation, evaluate
 from stn_fx.bilevel.generators import Generators
-from stn_fx.bilevel.interruption import Interruption
+from stn_fx.bilevel.interruption import Interruption, Terminated
 from stn_fx.bilevel.objective import Loss, Objective
 from stn_fx.bilevel.reader import BatchReader
 from stn_fx.bilevel.records import EpochRecord, FitResult, SchedulePoint
@@ -142,7 +142,9 @@ class _Fit:
         self.warmup_epochs = warmup_epochs
         self.train_steps = train_steps
         self.valid_steps = valid_steps
-        self.callbacks = callbacks
+        # Processes that train together have the same result; one of them writes it down.
+        first = trainer.algorithm.replicas.rank == 0
+        self.callbacks = [each for each in callbacks if first or not each.first_process_only]
         self.result = FitResult()
         self.generators = Generators(trainer.stn, {"train": trainer.train, "valid": trainer.valid})
         self.training_batches = BatchReader(trainer.train, "training", self.generators)
@@ -161,7 +163,7 @@ class _Fit:
         self.began = time.perf_counter()
 
     def run(self, resume_from: str | Path | None) -> FitResult:
-        checkpoint = None if resume_from is None else latest_checkpoint(resume_from)
+        checkpoint = None if resume_from is None else latest_checkpoint(resume_from, self.algorithm.replicas)
         saved = None if checkpoint is None else read_checkpoint(checkpoint)
         self._prepare()
         if saved is None or checkpoint is None:
@@ -247,17 +249,22 @@ class _Fit:
         self.result.schedule.append(SchedulePoint(epoch, self.inner, self.outer, hparams.values(), scales))
 
     def _safe_point(self, interruption: Interruption, epoch_ended: bool = False) -> None:
+        # Every process stops at the same update, whichever got the signal.
+        asked = float(interruption.received is not None)
+        stopping = bool(self.algorithm.replicas.sums([asked], device_of(self.trainer.stn))[0])
         point = SafePoint(
             inner_step=self.inner,
             epoch_ended=epoch_ended,
-            stopping=interruption.received is not None,
+            stopping=stopping,
             healthy=self._healthy,
             identity=self.identity,
             state=self.state_dict,
         )
         for callback in self.callbacks:
             callback.safe_point(self.trainer, point)
-        interruption.raise_received()
+        if stopping:
+            interruption.raise_received()
+            raise Terminated
 
     def _healthy(self) -> bool:
         return self.algorithm.healthy and all(bool(p.isfinite().all()) for p in self.trainer.stn.parameters())

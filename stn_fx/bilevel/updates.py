@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from stn_fx.bilevel.apply import Outcome, Updater
-from stn_fx.bilevel.batch import Batch
+from stn_fx.bilevel.batch import Batch, batch_size
 from stn_fx.bilevel.objective import Objective
 from stn_fx.errors import StnError
 
@@ -45,11 +45,12 @@ def base_update(
         loss = objective.training_loss(output, batch, hyperparameters)
     if "weight_decay" in hyperparameters:
         loss = loss + 0.5 * hyperparameters["weight_decay"].mean() * stn.squared_norm()
-    outcome = updater.apply(loss, "training loss of the base pass")
+    outcome = updater.apply(loss, "training loss of the base pass", batch.rows.share)
     if outcome.skipped:
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
+    updater.replicas.broadcast(stn.model.buffers())  # each process has seen other examples
     return outcome
 
 
@@ -74,7 +75,7 @@ def response_update(
         loss = objective.training_loss(_plus(primal, tangent), batch, hyperparameters)
     if "weight_decay" in hyperparameters:
         loss = loss + 0.5 * (hyperparameters["weight_decay"] * stn.squared_norm(raw_BH)).mean()
-    return updater.apply(loss, "training loss of the linearized pass")
+    return updater.apply(loss, "training loss of the linearized pass", batch.rows.share)
 
 
 def hyper_update(
@@ -97,14 +98,8 @@ def hyper_update(
         # Detached: a validation objective that looks at the hyperparameters must not be improved through them directly.
         valid_loss = objective.validation_loss(output, batch, named_values(stn, raw_BH.detach()))
     loss = valid_loss - entropy_weight * stn.hparams.entropy()
-    return replace(updater.apply(loss, "validation loss of the response pass"), loss=valid_loss.item())
-
-
-def batch_size(stn: "SelfTuningModule", batch: Batch) -> int:
-    """Number of examples: the length of the batch axis of the first input that has one."""
-    inputs = batch.feed(lambda *args, **kwargs: tree_leaves((args, kwargs)))
-    axes = stn.compiled.captured.batch_axes
-    return next(int(x.shape[axis]) for x, axis in zip(inputs, axes, strict=True) if axis is not None)
+    outcome = updater.apply(loss, "validation loss of the response pass", batch.rows.share)
+    return replace(outcome, loss=outcome.loss + entropy_weight * stn.hparams.entropy().item())
 
 
 def named_values(stn: "SelfTuningModule", raw_BH: Tensor) -> dict[str, Tensor]:
