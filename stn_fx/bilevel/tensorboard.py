@@ -1,4 +1,4 @@
-"""`TensorBoard`: losses, hyperparameters and scales as scalars of a TensorBoard log, where that package is installed."""
+"""`TensorBoard`: losses, hyperparameters and scales as scalars of a TensorBoard log, where its package is installed."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
