@@ -12,6 +12,7 @@ from stn_fx.bilevel.evaluation import Evaluation, evaluate
 from stn_fx.bilevel.interruption import Terminated
 from stn_fx.bilevel.objective import Objective
 from stn_fx.bilevel.records import EpochRecord, FitResult, SchedulePoint
+from stn_fx.bilevel.response_step import EveryKth, Linearized, OnFraction, WithoutLinearization
 from stn_fx.bilevel.run_folder import RunFolder
 from stn_fx.bilevel.sampling import GlobalSampling, PerBatch, PerExample
 from stn_fx.bilevel.schedules import LearningRateSchedule, cosine
@@ -28,13 +29,16 @@ __all__ = [
     "DeltaSTN",
     "EpochRecord",
     "Evaluation",
+    "EveryKth",
     "FitResult",
     "FixedHyperparameters",
     "GlobalSampling",
     "InnerRecord",
     "KeepBest",
     "LearningRateSchedule",
+    "Linearized",
     "Objective",
+    "OnFraction",
     "OuterRecord",
     "PerBatch",
     "PerExample",
@@ -45,6 +49,7 @@ __all__ = [
     "Terminated",
     "UpdateOptions",
     "WeightAverage",
+    "WithoutLinearization",
     "cosine",
     "evaluate",
 ]

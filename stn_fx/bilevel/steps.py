@@ -8,8 +8,9 @@ from stn_fx.bilevel.algorithm import Algorithm, InnerRecord, OuterRecord, traini
 from stn_fx.bilevel.apply import UpdateOptions
 from stn_fx.bilevel.objective import Loss, Objective
 from stn_fx.bilevel.optimizers import OptimizerChoice, Role
+from stn_fx.bilevel.response_step import Linearized, ResponseStep
 from stn_fx.bilevel.sampling import PerExample, Sampling
-from stn_fx.bilevel.updates import base_update, hyper_update, response_update
+from stn_fx.bilevel.updates import base_update, hyper_update
 from stn_fx.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class DeltaSTNOptions(TypedDict, total=False):
     entropy_weight: float
     updates: UpdateOptions | None
     sampling: Sampling | None
+    response_step: ResponseStep | None
     tune_scales: bool
 
 
@@ -57,6 +59,7 @@ class DeltaSTN(Algorithm):
         updates: gradient accumulation and clipping, autocast, and how many updates in a row may be skipped because they
             are not finite.
         sampling: where perturbed hyperparameters come from; `PerExample()` where None.
+        response_step: how the response is learned; `Linearized()` where None.
         tune_scales: whether outer steps move the scales; else they stay as they began.
 
     Raises:
@@ -77,6 +80,7 @@ class DeltaSTN(Algorithm):
         entropy_weight: float = ENTROPY_WEIGHT,
         updates: UpdateOptions | None = None,
         sampling: Sampling | None = None,
+        response_step: ResponseStep | None = None,
         tune_scales: bool = True,
     ) -> None:
         choices: dict[Role, OptimizerChoice] = {
@@ -96,17 +100,22 @@ class DeltaSTN(Algorithm):
         )
         self.entropy_weight = entropy_weight
         self.sampling = sampling or PerExample()
+        self.response_step = response_step or Linearized()
 
     def inner_step(self, content: Any) -> InnerRecord:
         """One update of the base parameters, then one of the response parameters with fresh perturbations."""
         batch = self.prepare(content)
         with training_mode(self.stn):
             base = base_update(self.stn, self.objective, self.updaters["base"], batch, self.precision())
-            raw_BH = self.sampling.inner(self.stn.hparams, batch.rows, self.perturbations).detach()
-            response = response_update(
-                self.stn, self.objective, self.updaters["response"], batch, raw_BH, self.precision()
-            )
+            response = self.response_step(self, batch)
         return InnerRecord.of(base, response)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"response_step": self.response_step.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.response_step.load_state_dict(state["response_step"])
 
     def outer_step(self, content: Any) -> OuterRecord:
         """One update of raw hyperparameters and scales; base, response and buffers are untouched."""

@@ -78,6 +78,19 @@ def response_update(
     return updater.apply(loss, "training loss of the linearized pass", batch.rows.share)
 
 
+def perturbed_update(
+    stn: "SelfTuningModule", objective: Objective, updater: Updater, batch: Batch, raw_BH: Tensor, precision: Precision
+) -> Outcome:
+    """As `response_update`, but by the loss of the perturbed network itself instead of its linearization."""
+    with precision:
+        output = batch.feed(stn.respond_in_training, raw=raw_BH)
+        hyperparameters = named_values(stn, raw_BH)
+        loss = objective.training_loss(output, batch, hyperparameters)
+    if "weight_decay" in hyperparameters:
+        loss = loss + 0.5 * (hyperparameters["weight_decay"] * stn.squared_norm(raw_BH)).mean()
+    return updater.apply(loss, "training loss of the perturbed network", batch.rows.share)
+
+
 def hyper_update(
     stn: "SelfTuningModule",
     objective: Objective,
