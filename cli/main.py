@@ -4,6 +4,8 @@ import typer
 
 from .convert import convert
 from .errors import reports_errors
+from .replay import replay
+from .show import plot, report
 from .tune import tune
 
 app = typer.Typer(
@@ -23,6 +25,9 @@ def _application() -> None:
 
 app.command()(reports_errors(convert))
 app.command()(reports_errors(tune))
+app.command()(reports_errors(plot))
+app.command()(reports_errors(report))
+app.command()(reports_errors(replay))
 
 if __name__ == "__main__":
     app()

@@ -126,6 +126,7 @@ def without_times(folder):
     files = {name: json.loads((folder / name).read_text()) for name in ("schedule.json", "history.json", "values.json")}
     for row in [*files["history.json"], files["values.json"]["best_epoch"]]:
         row.pop("seconds")
+    files["values.json"].pop("resumed_at")
     return files, torch.load(folder / "model.pt", weights_only=True)
 
 
@@ -155,6 +156,22 @@ app(["tune", *{list(map(str, arguments))}, "--out", {str(tmp_path / "part")!r}])
     (files, weights), (expected, expected_weights) = map(without_times, (tmp_path / "part", tmp_path / "whole"))
     assert files == expected
     assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)
+
+
+def test_a_run_is_drawn_reported_and_replayed(model, tmp_path):
+    out = tmp_path / "run"
+    assert run(model, "--hparams", "dropout,cutout,weight_decay", *QUICK, "--no-compare", "--out", out).exit_code == 0
+    for command in (["plot", out, "--out", tmp_path / "a.svg"], ["report", out], ["replay", out]):
+        result = CliRunner().invoke(app, list(map(str, command)))
+        assert result.exit_code == 0, result.output
+    assert (tmp_path / "a.svg").read_text().startswith("<?xml")
+    assert "dropout.2" in (out / "report.html").read_text()
+    text = plain(result.output)
+    for expected in ("schedule epoch 2/2", "final epoch 2/2", "start epoch 2/2", "from scratch"):
+        assert expected in text
+    missing = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert missing.exit_code == 1
+    assert "holds no run" in plain(missing.stderr)
 
 
 def test_resume_says_what_does_not_fit(model, tmp_path):

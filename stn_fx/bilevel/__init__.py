@@ -11,7 +11,9 @@ from stn_fx.bilevel.checkpoint import Checkpoint
 from stn_fx.bilevel.evaluation import Evaluation, evaluate
 from stn_fx.bilevel.interruption import Terminated
 from stn_fx.bilevel.objective import Objective
+from stn_fx.bilevel.recorded_run import RecordedRun, read_run
 from stn_fx.bilevel.records import EpochRecord, FitResult, SchedulePoint
+from stn_fx.bilevel.replay import FollowSchedule
 from stn_fx.bilevel.response_step import EveryKth, Linearized, OnFraction, WithoutLinearization
 from stn_fx.bilevel.run_folder import RunFolder
 from stn_fx.bilevel.sampling import GlobalSampling, PerBatch, PerExample
@@ -32,6 +34,7 @@ __all__ = [
     "EveryKth",
     "FitResult",
     "FixedHyperparameters",
+    "FollowSchedule",
     "GlobalSampling",
     "InnerRecord",
     "KeepBest",
@@ -42,6 +45,7 @@ __all__ = [
     "OuterRecord",
     "PerBatch",
     "PerExample",
+    "RecordedRun",
     "RunFolder",
     "SafePoint",
     "SchedulePoint",
@@ -52,4 +56,5 @@ __all__ = [
     "WithoutLinearization",
     "cosine",
     "evaluate",
+    "read_run",
 ]
