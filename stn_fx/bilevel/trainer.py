@@ -16,6 +16,7 @@ from stn_fx.bilevel.checkpoint_file import latest_checkpoint, read_checkpoint, r
 from stn_fx.bilevel.evaluation import Evaluation, evaluate
 from stn_fx.bilevel.generators import Generators
 from stn_fx.bilevel.interruption import Interruption, Terminated
+from stn_fx.bilevel.loader_checks import require_no_overlap, require_same_structure, require_usable_losses
 from stn_fx.bilevel.objective import Loss, Objective
 from stn_fx.bilevel.reader import BatchReader
 from stn_fx.bilevel.records import EpochRecord, FitResult, SchedulePoint
@@ -188,12 +189,20 @@ class _Fit:
         return self.result
 
     def _prepare(self) -> None:
-        """Find out on one batch of each loader whether the structure fits, before any training time is spent."""
+        """Find out on one batch of each loader whether everything fits, before any training time is spent."""
+        objective, device = self.algorithm.objective, device_of(self.trainer.stn)
+        contents = []
         for name, loader in (("training", self.trainer.train), ("validation", self.trainer.valid)):
-            content = next(iter(loader), None)
-            if content is None:
+            contents.append(next(iter(loader), None))
+            if contents[-1] is None:
                 raise InputError(f"The {name} loader is empty. Give it at least one batch (mind drop_last=True).")
-            self.algorithm.prepare(content)
+        require_no_overlap(self.trainer.train, self.trainer.valid)
+        require_same_structure(*(objective.batch(content, device).inputs for content in contents))
+        train, valid = map(self.algorithm.prepare, contents)
+        before = self.generators.state()
+        with self.algorithm.precision():
+            require_usable_losses(self.trainer.stn, objective, train, valid)
+        self.generators.restore(before)
 
     def _epoch(self, interruption: Interruption) -> None:
         self.began = time.perf_counter()

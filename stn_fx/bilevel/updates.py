@@ -63,19 +63,29 @@ def response_update(
         raw_BH: perturbed raw hyperparameters of every example, detached.
     """
     with precision:
-        primal, tangent = batch.feed(stn.linearize, raw=raw_BH)
-        if any(leaf.requires_grad for leaf in _tensors(primal)):
-            # Backward through the jvp of norms is silently wrong then (pytorch issues 196699 and 196700).
-            raise StnError(
-                "The primal of the linearized pass requires a gradient, which makes gradients of the response wrong. "
-                "Base parameters must enter detached: if `linearize` is your own, detach them; else this is a bug of "
-                "stn_fx."
-            )
-        hyperparameters = named_values(stn, raw_BH)
-        loss = objective.training_loss(_plus(primal, tangent), batch, hyperparameters)
+        loss = linearized_loss(stn, objective, batch, raw_BH)
+    hyperparameters = named_values(stn, raw_BH)
     if "weight_decay" in hyperparameters:
         loss = loss + 0.5 * (hyperparameters["weight_decay"] * stn.squared_norm(raw_BH)).mean()
     return updater.apply(loss, "training loss of the linearized pass", batch.rows.share)
+
+
+def linearized_loss(stn: "SelfTuningModule", objective: Objective, batch: Batch, raw_BH: Tensor) -> Tensor:
+    """Training loss of the linearized model, without weight decay."""
+    primal, tangent = batch.feed(stn.linearize, raw=raw_BH)
+    if any(leaf.requires_grad for leaf in _tensors(primal)):
+        # Backward through the jvp of norms is silently wrong then (pytorch issues 196699 and 196700).
+        raise StnError(
+            "The primal of the linearized pass requires a gradient, which makes gradients of the response wrong. Base "
+            "parameters must enter detached: if `linearize` is your own, detach them; else this is a bug of stn_fx."
+        )
+    return objective.training_loss(_plus(primal, tangent), batch, named_values(stn, raw_BH))
+
+
+def validation_loss(stn: "SelfTuningModule", objective: Objective, batch: Batch) -> Tensor:
+    """Validation loss of the model as it stands, in its mode; differentiable in the base parameters."""
+    raw_BH = stn.hparams.raw.detach().expand(batch_size(stn, batch), -1)
+    return objective.validation_loss(batch.feed(stn), batch, named_values(stn, raw_BH))
 
 
 def perturbed_update(
