@@ -11,6 +11,8 @@ from stn_fx.bilevel import (
     Callback,
     Checkpoint,
     DeltaSTN,
+    EpochRecord,
+    FitResult,
     FixedHyperparameters,
     KeepBest,
     LearningRateSchedule,
@@ -261,8 +263,14 @@ def test_updates_that_are_not_finite_are_skipped_and_counted():
 
 def test_repeated_ones_stop_the_run_and_the_last_good_checkpoint_stays(tmp_path):
     _, fit = fit_with_bad_batches(6, 99, Checkpoint(tmp_path, every_steps=1), skip_limit=3)
-    with pytest.raises(DivergedError, match="4 in a row"):
+    with pytest.raises(DivergedError, match="4 in a row") as error:
         fit()
+    for expected in (
+        "The last batch holds numbers that are not finite",
+        "Weights that are not finite: none",
+        "base 0.01",
+    ):
+        assert expected in str(error.value)
     assert sorted(path.name for path in tmp_path.iterdir())[-1] == "step-0000000005.pt"
 
 
@@ -284,3 +292,14 @@ def test_accumulated_gradients_survive_a_checkpoint(tmp_path):
     result = resumed.fit(4, train_steps=1, callbacks=[schedule()], resume_from=tmp_path)
     assert result.schedule == expected.schedule
     assert torch.equal(resumed.stn.model.weight, whole.stn.model.weight)
+
+
+def test_an_epoch_whose_validation_loss_is_not_finite_is_never_the_best():
+    def record(epoch, loss):
+        return EpochRecord(epoch, 1, 0, 1.0, None, loss, None, 0.0)
+
+    history = [record(1, math.nan), record(2, 0.5), record(3, math.nan)]
+    trainer, keep = make_trainer(), KeepBest()
+    for each in history:
+        keep.epoch_ended(trainer, each, None)
+    assert FitResult(history=history).best.epoch == keep.record.epoch == 2

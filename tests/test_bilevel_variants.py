@@ -11,6 +11,7 @@ from torch.optim import SGD
 
 import stn_fx
 from stn_fx.bilevel import (
+    STN,
     BilevelTrainer,
     DeltaSTN,
     EveryKth,
@@ -187,3 +188,58 @@ def test_every_variant_trains_and_tunes(options):
     result = BilevelTrainer(stn, train=batches[:4], valid=batches[4:], **options).fit(3, warmup_epochs=1, train_steps=2)
     assert result.values != result.schedule[0].values
     assert result.skipped == 0
+
+
+def test_stn_is_the_uncentred_joint_training_of_its_paper():
+    """Against a row-wise hypernetwork written out by hand, with weight decay, over inner and outer steps."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 3, bias=False, dtype=torch.float64)
+    stn = stn_fx.transform(model, "weight_decay(initial=0.3)", (BATCH[0],), seed=0)
+    rates = {"base": 0.1, "response": 0.1, "hyper": 20.0, "scale": 0.1}
+    sgd = {f"{role}_optimizer": partial(SGD, lr=rate) for role, rate in rates.items()}
+    steps = STN(stn, **sgd, entropy_weight=0.01)
+    generator = torch.Generator()
+    generator.set_state(steps.perturbations.get_state())
+
+    v0 = model.weight.detach().clone().requires_grad_()
+    U, V = (p.detach().clone().requires_grad_() for p in (stn.response.weight.U, stn.response.weight.V))
+    raw, raw_scale = (p.detach().clone().requires_grad_() for p in (stn.hparams.raw, stn.hparams.raw_scale))
+    centre = raw.detach().clone()
+
+    def weights_B(raw_BH):
+        return v0 + ((raw_BH - centre) @ V.t())[:, :, None] * U
+
+    def sample(size):
+        return raw + F.softplus(raw_scale) * torch.randn(size, 1, generator=generator, dtype=torch.float64)
+
+    def descend(loss, parameters, rates):
+        gradients = torch.autograd.grad(loss, parameters)
+        for parameter, gradient, rate in zip(parameters, gradients, rates, strict=True):
+            parameter.data -= rate * gradient
+
+    batches = classification_batches(0)
+    for x, y in [*batches, *batches]:
+        raw_BH = sample(len(x)).detach()
+        W = weights_B(raw_BH)
+        decay = (0.5 * torch.sigmoid(raw_BH[:, 0]) * W.square().sum((1, 2))).mean()
+        descend(F.cross_entropy(torch.einsum("boi,bi->bo", W, x), y) + decay, [v0, U, V], [0.1] * 3)
+        raw_BH = sample(len(x))
+        valid = F.cross_entropy(torch.einsum("boi,bi->bo", weights_B(raw_BH), x), y)
+        descend(valid - 0.01 * F.softplus(raw_scale).log().sum(), [raw, raw_scale], [20.0, 0.1])
+        assert not steps.inner_step((x, y)).skipped
+        steps.outer_step((x, y))
+
+    assert (raw - centre).abs() > 0.05
+    torch.testing.assert_close(stn.hparams.raw.data, raw.data)
+    torch.testing.assert_close(stn.response.weight.V.data, V.data)
+    torch.testing.assert_close(model.weight.data, weights_B(raw[None])[0].detach())
+
+
+def test_stn_trains_and_tunes_through_the_trainer():
+    stn = wrapped(nn.BatchNorm1d(8))
+    data = [(torch.randn(8, 6).double(), torch.randint(0, 3, (8,))) for _ in range(6)]
+    trainer = BilevelTrainer(stn, train=data[:4], valid=data[4:], algorithm=STN(stn))
+    result = trainer.fit(3, warmup_epochs=1, train_steps=2)
+    assert result.values != result.schedule[0].values
+    assert result.skipped == 0
+    assert stn.model[1].running_mean.abs().sum() > 0

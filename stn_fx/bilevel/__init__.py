@@ -19,11 +19,13 @@ from stn_fx.bilevel.run_folder import RunFolder
 from stn_fx.bilevel.sampling import GlobalSampling, PerBatch, PerExample
 from stn_fx.bilevel.schedules import LearningRateSchedule, cosine
 from stn_fx.bilevel.steps import DeltaSTN, FixedHyperparameters
+from stn_fx.bilevel.stn import STN
 from stn_fx.bilevel.tensorboard import TensorBoard
 from stn_fx.bilevel.trainer import BilevelTrainer
 from stn_fx.bilevel.weight_average import WeightAverage
 
 __all__ = [
+    "STN",
     "Algorithm",
     "BilevelTrainer",
     "Callback",

@@ -82,7 +82,7 @@ class KeepBest(Callback):
         self._state: dict[str, Any] = {}
 
     def epoch_ended(self, trainer: "BilevelTrainer", record: EpochRecord, result: FitResult) -> None:
-        if self.record is None or record.valid_loss < self.record.valid_loss:
+        if self.record is None or record.order < self.record.order:
             self.record = record
             state = trainer.stn.state_dict()
             self._state = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in state.items()}

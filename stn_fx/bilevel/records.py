@@ -52,6 +52,11 @@ class EpochRecord:
     seconds: float
     skipped: int = 0
 
+    @property
+    def order(self) -> float:
+        """Validation loss to compare by: one that is not finite comes last."""
+        return self.valid_loss if math.isfinite(self.valid_loss) else math.inf
+
 
 @dataclass
 class FitResult:
@@ -77,11 +82,7 @@ class FitResult:
     @property
     def best(self) -> EpochRecord | None:
         """The epoch with the lowest validation loss; None where no epoch was finished."""
-
-        def order(record: EpochRecord) -> float:
-            return record.valid_loss if math.isfinite(record.valid_loss) else math.inf
-
-        return min(self.history, key=order, default=None)
+        return min(self.history, key=lambda record: record.order, default=None)
 
     @property
     def skipped(self) -> int:

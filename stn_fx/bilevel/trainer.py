@@ -2,9 +2,9 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor
 from stn_fx.bilevel.algorithm import Algorithm, device_of
 from stn_fx.bilevel.callbacks import Callback, SafePoint
 from stn_fx.bilevel.checkpoint_file import latest_checkpoint, read_checkpoint, require_same
+from stn_fx.bilevel.diagnosis import diagnose
 from stn_fx.bilevel.evaluation import Evaluation, evaluate
 from stn_fx.bilevel.generators import Generators
 from stn_fx.bilevel.interruption import Interruption, Terminated
@@ -21,10 +22,12 @@ from stn_fx.bilevel.objective import Loss, Objective
 from stn_fx.bilevel.reader import BatchReader
 from stn_fx.bilevel.records import EpochRecord, FitResult, SchedulePoint
 from stn_fx.bilevel.steps import DeltaSTN, DeltaSTNOptions
-from stn_fx.errors import InputError
+from stn_fx.errors import DivergedError, InputError
 
 if TYPE_CHECKING:
     from stn_fx.transform import SelfTuningModule
+
+Record = TypeVar("Record")
 
 
 class BilevelTrainer:
@@ -207,7 +210,7 @@ class _Fit:
     def _epoch(self, interruption: Interruption) -> None:
         self.began = time.perf_counter()
         for content in self.training_batches.rest_of_pass():
-            record = self.algorithm.inner_step(content)
+            record = self._diagnosed(self.algorithm.inner_step, content)
             self.inner += 1
             self.losses.append(record.loss)
             self.skipped += len(record.skipped)
@@ -245,12 +248,18 @@ class _Fit:
 
     def _outer_round(self) -> None:
         for _ in range(self.valid_steps):
-            record = self.algorithm.outer_step(next(self._endless_validation))
+            record = self._diagnosed(self.algorithm.outer_step, next(self._endless_validation))
             self.skipped += len(record.skipped)
             self.outer += 1
             self._record_schedule(self.epoch)
             for callback in self.callbacks:
                 callback.outer_step_ended(self.trainer, self.epoch, self.result)
+
+    def _diagnosed(self, step: Callable[[Any], Record], content: Any) -> Record:
+        try:
+            return step(content)
+        except DivergedError as error:
+            raise DivergedError(f"{error}\n{diagnose(self.algorithm, content)}") from error
 
     def _record_schedule(self, epoch: int) -> None:
         hparams = self.trainer.stn.hparams
