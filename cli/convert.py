@@ -1,53 +1,42 @@
 """`stn-fx convert`: report on a model, write its hyper-conditioned forward as a Python module, and prove it."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-import stn_fx
 from stn_fx.compiler.emit import emit
 from stn_fx.compiler.proof import Proof, prove
-from stn_fx.errors import InputError, StnError
-from stn_fx.example_input import example_input
-from stn_fx.model_reference import load_model
+from stn_fx.errors import StnError
 
-from .options import parse_arguments, parse_response
+from .report import (
+    STDOUT,
+    BatchAxisOption,
+    HparamsOption,
+    InputShapeOption,
+    JsonOption,
+    ModelArgOption,
+    ModelArgument,
+    ResponseOption,
+    SeedOption,
+    compile_and_report,
+)
 
 
 def convert(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="file.py, file.py:NAME, torchvision:NAME, or timm:NAME (see below).")
-    ],
-    hparams: Annotated[
-        str | None,
-        typer.Option(
-            help="What to tune, separated by commas; options in parentheses, places after @. "
-            "Else every dropout and drop path that the model has, and weight decay."
-        ),
-    ] = None,
-    input_shape: Annotated[
-        str | None,
-        typer.Option(metavar="SIZES", help="Shape of one example, as 3,32,32; else deduced from the model."),
-    ] = None,
-    response: Annotated[str, typer.Option(help="How weights respond: rowwise, or lowrank:RANK (cheaper).")] = "rowwise",
-    batch_axis: Annotated[
-        int | None, typer.Option(min=0, help="Axis of the inputs that holds the batch; else found by analysis.")
-    ] = None,
-    model_arg: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Argument of the model's factory; repeatable.")
-    ] = None,
+    model: ModelArgument,
+    hparams: HparamsOption = None,
+    input_shape: InputShapeOption = None,
+    response: ResponseOption = "rowwise",
+    batch_axis: BatchAxisOption = None,
+    model_arg: ModelArgOption = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The Python module to write; else MODEL_stn.py here.")
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Also write the whole report as JSON.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the model's and the response's initial values.")] = 0,
+    json_file: JsonOption = None,
+    seed: SeedOption = 0,
 ) -> None:
     """Show what stn_fx does with a model, and write the code that it runs.
 
@@ -69,19 +58,11 @@ def convert(
     A file may declare a batch as [cyan]example_inputs[/cyan], a tuple of tensors, a dict of keyword inputs, or a
     function that returns one. Else the model's own configuration or its first layer tells the shape.
     """
-    console = Console()
-    structure, arguments = parse_response(response), parse_arguments(model_arg or [])
-    shape = None if input_shape is None else _parse_shape(input_shape)
-    torch.manual_seed(seed)
-    loaded = load_model(model, arguments=arguments)
-    example = example_input(loaded.model, shape, vars(loaded.namespace) if loaded.namespace else {}, batch_axis or 0)
-    console.print(f"Input: {example.description}", highlight=False)
-    stn = stn_fx.transform(loaded.model, hparams, example.inputs, batch_axis=batch_axis, response=structure, seed=seed)
-    report = stn.report
-    console.print(report)
-    if json_file is not None:
-        json_file.write_text(json.dumps(report.to_dict(), indent=2))
-        console.print(f"\nReport: {json_file}")
+    # With the report as JSON on the output, everything else goes to the error output.
+    console = Console(stderr=json_file == STDOUT)
+    loaded, stn = compile_and_report(
+        console, model, hparams, input_shape, response, batch_axis, model_arg, json_file, seed
+    )
     written = emit(stn.compiled, stn, out or Path(f"{_identifier(loaded.name)}_stn.py"))
     console.print(f"\nCode: {written.module}\nTensors: {written.tensors}", highlight=False)
     with console.status("proving it in a fresh process"):
@@ -92,15 +73,6 @@ def convert(
     if not proof.passed:
         raise StnError(f"{written.module} does not compute what the compiled model does. Please report this as a bug.")
     console.print(f"Proven: largest difference {proof.difference:.1g}", style="green")
-
-
-def _parse_shape(text: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in text.replace("x", ",").split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise InputError(
-            f"--input-shape {text!r} is not a list of sizes, as 3,32,32 (of one example, without the batch)."
-        )
-    return tuple(int(part) for part in parts)
 
 
 def _identifier(name: str) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stn_fx.augment.draws import Draws
+from stn_fx.compiler.casts import ambient_autocast, without_autocast
 from stn_fx.compiler.finalize import Finalized, write_rates
 from stn_fx.compiler.pipeline import BatchAxis, CompiledModel, compile_model, state_tensors
 from stn_fx.compiler.report import Report
@@ -103,7 +104,7 @@ class SelfTuningModule(nn.Module):
         else:
             self._build_parameters(compiled)
         axes = compiled.captured.batch_axes
-        signature = (input_signature(args, kwargs, axes), module_signature(self.model))
+        signature = (input_signature(args, kwargs, axes), self._surroundings())
         self._captures.insert(0, _Capture(compiled, signature, compiled.captured.training_flags))
         self._example = tree_detached((args, kwargs))
         return compiled
@@ -173,7 +174,8 @@ class SelfTuningModule(nn.Module):
         compiled, inputs = self._prepare(args, kwargs)
         batch = compiled.captured.batch_size(inputs)
         values = self.hparams.constrain(self.hparams.raw.detach().unsqueeze(0)).expand(batch, -1)
-        outputs = compiled.base(self._state(compiled), {}, values, None, self._draws(), *inputs)
+        with without_autocast(self.model):
+            outputs = compiled.base(self._state(compiled), {}, values, None, self._draws(), *inputs)
         return compiled.captured.training.unflatten(outputs)
 
     def linearize(self, *args: Any, raw: Tensor | None = None, **kwargs: Any) -> tuple[Any, Any]:
@@ -188,7 +190,8 @@ class SelfTuningModule(nn.Module):
         captured = compiled.captured.training if self.training else compiled.captured.evaluation
         state = {name: tensor.detach() for name, tensor in self._state(compiled).items()}
         values = self.hparams.constrain(raw_BH.detach())
-        primals, tangents = graph(state, self._response(), values, delta_BH, self._draws(), *inputs)
+        with without_autocast(self.model):
+            primals, tangents = graph(state, self._response(), values, delta_BH, self._draws(), *inputs)
         if any(isinstance(p, Tensor) and p.requires_grad for p in primals):
             raise StnError(
                 "The primal of the linearized pass requires grad, so its tangent's gradient would be wrong. Detach the "
@@ -204,7 +207,8 @@ class SelfTuningModule(nn.Module):
         """
         compiled, inputs = self._prepare(args, kwargs)
         _, delta_BH = self._displacement(raw, compiled.captured.batch_size(inputs))
-        outputs = compiled.response(self._state(compiled), self._response(), None, delta_BH, None, *inputs)
+        with without_autocast(self.model):
+            outputs = compiled.response(self._state(compiled), self._response(), None, delta_BH, None, *inputs)
         return compiled.captured.evaluation.unflatten(outputs)
 
     def respond_in_training(
@@ -225,7 +229,8 @@ class SelfTuningModule(nn.Module):
         else:
             state |= base
         values = self.hparams.constrain(raw_BH.detach())
-        outputs = compiled.response_training(state, self._response(), values, delta_BH, self._draws(), *inputs)
+        with without_autocast(self.model):
+            outputs = compiled.response_training(state, self._response(), values, delta_BH, self._draws(), *inputs)
         return compiled.captured.training.unflatten(outputs)
 
     def _displacement(self, raw: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
@@ -312,13 +317,17 @@ class SelfTuningModule(nn.Module):
             for part, parameter in module.named_parameters()
         }
 
+    def _surroundings(self) -> Any:
+        """What else than the inputs a capture holds for."""
+        return module_signature(self.model), ambient_autocast(self.model)
+
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[CompiledModel, list[Any]]:
         """The compiled model that fits these inputs, captured anew where none does, and the flattened inputs."""
         flat, _ = pytree.tree_flatten((args, kwargs))
-        module = module_signature(self.model)
+        surroundings = self._surroundings()
         flags = training_flags(self.model) if self.training else None
         for index, capture in enumerate(self._captures):
-            fits = capture.signature == (input_signature(args, kwargs, capture.batch_axes), module)
+            fits = capture.signature == (input_signature(args, kwargs, capture.batch_axes), surroundings)
             if fits and flags in (None, capture.training_flags):
                 if index:
                     self._captures.insert(0, self._captures.pop(index))

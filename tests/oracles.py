@@ -47,6 +47,8 @@ class Subject:
     """Response parameters whose gradient is zero for a reason (a key bias under softmax); patterns."""
     plain: Callable[[nn.Module], nn.Module] | None = None
     """The same function with computed weights as plain parameters; None = `as_plain_layers`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """More arguments of `stn_fx.transform`."""
     model: nn.Module = field(init=False)
     twin: nn.Module = field(init=False)
     stn: Any = field(init=False)
@@ -56,7 +58,7 @@ class Subject:
         torch.manual_seed(0)
         self.model = randomised(self.build())
         self.modes = [module.training for module in self.model.modules()]
-        options = {"batch_axis": self.batch_axis} if self.name_axis else {}
+        options = {**self.options, **({"batch_axis": self.batch_axis} if self.name_axis else {})}
         if self.shared:
             example = self.inputs(self.captured_batch)
             options["batch_axis"] = [None if name in self.shared else self.batch_axis for name in example]
@@ -113,8 +115,7 @@ class Subject:
         response = {name: change.detach() for name, change in self.stn.weight_response(delta_H).items()}
         owner = {id(p): name for name, p in self.twin.named_parameters()}
         assert response.keys() <= set(owner.values()), "a response of something that the judge does not have"
-        aliases = self.twin.named_parameters(remove_duplicate=False)
-        return {name: response[owner[id(p)]] for name, p in aliases if owner[id(p)] in response}
+        return {name: response[owner[id(p)]] for name, p in _places(self.twin) if owner[id(p)] in response}
 
     def base_weights(self, model: nn.Module, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
         parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -161,6 +162,29 @@ def assert_unchanged(subject: Subject, batch: int) -> None:
         if name in statistics and buffer.is_floating_point():
             assert_close([buffer], [statistics[name]], f"{name} after the base pass")
     subject.model.load_state_dict(state)
+
+
+def assert_base_gradients(subject: Subject, batch: int) -> None:
+    """Gradients of the user's parameters in the base pass, with all rates at zero, are those of the user's own pass."""
+    inputs = subject.inputs(batch)
+    state = {name: value.clone() for name, value in subject.model.state_dict().items()}
+    judge = without_randomness(subject.model, subject.modes, keeps_statistics=True)
+    with rates_off(subject.stn):
+        subject.train()
+        ours = _gradients(_loss(subject.call(subject.stn, inputs)), subject.model)
+        subject.stn.eval()
+    theirs = _gradients(_loss(subject.call(judge, inputs)), judge)
+    for name, gradient in theirs.items():
+        scale = max(gradient.norm().item(), 1e-3)
+        error = (ours[name] - gradient).norm().item() / scale
+        assert error < 1e-9, f"gradient of {name} in the base pass: relative error {error:.1e}"
+    subject.model.load_state_dict(state)
+
+
+def _gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(trained.items(), found, strict=True)}
 
 
 def assert_response_pass(subject: Subject, batch: int) -> None:
@@ -296,6 +320,12 @@ EVERY_ORACLE = (assert_unchanged, assert_response_pass, assert_linearized_pass, 
 
 
 # ---- helpers
+
+
+def _places(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every place of every parameter by one name; `functional_call` damages a module that it is given by two."""
+    for path, module in model.named_modules():
+        yield from module.named_parameters(path, recurse=False, remove_duplicate=False)
 
 
 def leaves(output: Any) -> list[Tensor]:

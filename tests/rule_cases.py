@@ -151,12 +151,26 @@ case(
 )
 case("a reshaped weight", lambda: Fn(lambda m, x: F.linear(x, m.w.flatten(1)), w=torch.rand(4, 5, 1)), noise(5), LINEAR)
 TRIANGLE = torch.ones(4, 5, dtype=torch.float64).tril()
+for name, masked in {
+    "times a mask": lambda w: w * TRIANGLE,
+    "a mask times it": lambda w: TRIANGLE * w,
+    "filled with zeros": lambda w: w.masked_fill(TRIANGLE == 0, 0.0),
+    "scaled": lambda w: (w / 3.0) * 2.0,
+    "transposed, masked": lambda w: (w.t() * TRIANGLE.t()).t(),
+}.items():
+    case(
+        f"a weight {name}",
+        lambda masked=masked: Fn(lambda m, x: F.linear(x, masked(m.w)), w=torch.rand(4, 5)),
+        noise(5),
+        LINEAR,
+        structures=("row-wise",),
+    )
 case(
-    "a masked weight",
-    lambda: Fn(lambda m, x: F.linear(x, m.w * TRIANGLE), w=torch.rand(4, 5)),
+    "a weight times another",
+    lambda: Fn(lambda m, x: F.linear(x, m.w * m.v), w=torch.rand(4, 5), v=torch.rand(4, 5)),
     noise(5),
-    plain=lambda m: Fn(lambda m, x: F.linear(x, m.weight), weight=m.w.detach() * TRIANGLE),
     structures=("effective",),
+    plain=lambda m: Fn(lambda m, x: F.linear(x, m.weight), weight=m.w.detach() * m.v.detach()),
 )
 
 # ---- convolutions
@@ -559,6 +573,7 @@ case("SDPA", qkv_attention(), noise(5, 8), ATTENTION)
 case("SDPA, causal", qkv_attention(is_causal=True), noise(5, 8), ATTENTION)
 case("SDPA, scale", qkv_attention(scale=0.3), noise(5, 8), ATTENTION)
 case("SDPA, float mask", qkv_attention(attn_mask=MASK), noise(5, 8), ATTENTION)
+case("SDPA, a row that is masked whole", qkv_attention(attn_mask=torch.ones(5, 5).tril(-1) > 0), noise(5, 8), ATTENTION)
 case("SDPA, bool mask", qkv_attention(attn_mask=MASK > 0.2), noise(5, 8), ATTENTION)
 
 
@@ -912,6 +927,22 @@ def partly_without_grad(m: nn.Module, x: Tensor) -> Tensor:
 
 
 case("no_grad region", lambda: Fn(partly_without_grad, f=nn.Linear(5, 4)), noise(5))
+
+
+class Branch(nn.Module):
+    """Looks at values, so that it cannot be captured; nothing in it could respond."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.tanh() if x.sum() > -1e9 else x
+
+
+case(
+    "opaque leaf",
+    seq(nn.Linear(5, 4), Branch(), nn.Dropout(0.2), nn.Linear(4, 3)),
+    noise(5),
+    "OpaqueRule",
+    hparams=SITES,
+)
 
 
 @dataclass

@@ -7,6 +7,9 @@ capture fails.
 
 import contextlib
 import dataclasses
+import inspect
+import io
+import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,10 +20,14 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
+from stn_fx.compiler.casts import ambient_autocast, cast_explicitly
 from stn_fx.compiler.cells import expand_cells
-from stn_fx.compiler.functionalize import functionalize
-from stn_fx.compiler.stand_ins import stand_in
+from stn_fx.compiler.failures import failing_place, root_cause
+from stn_fx.compiler.functionalize import NO_GRAD, functionalize
+from stn_fx.compiler.opaque_leaves import opaque_leaf
+from stn_fx.compiler.stand_ins import functions_stand_in, stand_in
 from stn_fx.errors import CaptureError, InputError
+from stn_fx.rules.opaque import OpaqueLeaf
 
 aten = torch.ops.aten
 
@@ -63,6 +70,8 @@ class CapturedModel:
     training_flags: tuple[bool, ...] = ()
     constants: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    opaque: list[OpaqueLeaf] = field(default_factory=list)
+    """Modules that run as themselves."""
 
     def batch_size(self, inputs: list[Any]) -> int:
         """Number of examples in flattened inputs."""
@@ -81,19 +90,43 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], bat
     notes: list[str] = []
     flat = _at_least_two_examples(flat, batch_axes, notes)
     args, kwargs = pytree.tree_unflatten(flat, spec)
-    constants: dict[str, Tensor] = {}
-    graphs = {}
     with _left_as_found(model):
         _register_dataclasses(model, args, kwargs)
+    leaves: dict[str, OpaqueLeaf] = {}
+    while True:
+        try:
+            return _capture_around(model, flat, spec, batch_axes, leaves, notes)
+        except CaptureError as error:
+            place = failing_place(error, model)
+            if place is None or not place.module or place.module in leaves:
+                raise
+            reason = f"{place.line}: {_first_lines(root_cause(error), 1)}"
+            with _left_as_found(model):
+                leaves[place.module] = opaque_leaf(model, place.module, reason, flat, spec, batch_axes)
+
+
+def _capture_around(
+    model: nn.Module,
+    flat: list[Any],
+    spec: pytree.TreeSpec,
+    batch_axes: list[int | None],
+    leaves: dict[str, OpaqueLeaf],
+    notes: list[str],
+) -> CapturedModel:
+    """Capture both graphs with ``leaves`` left out."""
+    args, kwargs = pytree.tree_unflatten(flat, spec)
+    constants: dict[str, Tensor] = {}
+    graphs = {}
     for training in (True, False):
-        with _left_as_found(model), _markers(model):
+        with _left_as_found(model), _markers(model, leaves):
             _set_mode(model, training)
             if training:
                 flags = tuple(module.training for module in model.modules())
             program = _export(model, args, kwargs, flat, batch_axes, training)
             constants.update({name: value for name, value in program.constants.items() if isinstance(value, Tensor)})
-            graphs[training] = _to_captured(program, training, flat, batch_axes)
-    return CapturedModel(graphs[True], graphs[False], spec, batch_axes, flat, flags, constants, notes)
+            graphs[training] = _to_captured(program, model, training, batch_axes)
+    used = list(leaves.values())
+    return CapturedModel(graphs[True], graphs[False], spec, batch_axes, flat, flags, constants, notes, used)
 
 
 def _export(
@@ -110,25 +143,66 @@ def _export(
         if axis is not None:
             shapes[value] = {axis: batch}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quietly(), _named_keywords(model, kwargs):
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         mode = "training" if training else "evaluation"
+        place = failing_place(error, model)
+        where = f" At {place.module or 'the model itself'}, {place.line}" if place is not None else ""
         raise CaptureError(
-            f"{type(model).__name__} could not be captured in {mode} mode with a dynamic batch: "
-            f"{_first_lines(error)}\nRemedy: make the forward independent of the data's values and of the batch size "
-            f"(torch.export says where), name the batch axis with batch_axis=, or pass inputs of the usual shape."
+            f"{type(model).__name__} could not be captured in {mode} mode with a dynamic batch.{where}\n"
+            f"Reason: {_first_lines(error)}\nRemedy: make the forward independent of the data's values and of the "
+            f"batch size, name the batch axis with batch_axis=, or pass inputs of the usual shape."
         ) from error
 
 
-def _first_lines(error: Exception, count: int = 8) -> str:
+@contextlib.contextmanager
+def _named_keywords(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Give a forward that takes ``**kwargs`` named arguments: torch.export before 2.13 cannot match shapes then."""
+    signature = inspect.signature(model.forward)
+    collecting = [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+    if not collecting or set(kwargs) <= set(signature.parameters):
+        yield
+        return
+    rest = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    named = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in kwargs if n not in signature.parameters]
+
+    def forward(*args: Any, **keywords: Any) -> Any:
+        return original(*args, **keywords)
+
+    had_own, original = "forward" in vars(model), model.forward
+    forward.__signature__ = signature.replace(parameters=[*rest, *named])  # type: ignore[attr-defined]
+    model.forward = forward
+    try:
+        yield
+    finally:
+        if had_own:
+            model.forward = original
+        else:
+            del model.forward
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without torch's warnings, and without what it logs and prints about a failure: the error says that as well."""
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def _first_lines(error: BaseException, count: int = 8) -> str:
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return f"{type(error).__name__}: " + "\n  ".join(lines[:count])
 
 
 def _to_captured(
-    program: torch.export.ExportedProgram, training: bool, flat: list[Any], batch_axes: list[int | None]
+    program: torch.export.ExportedProgram, model: nn.Module, training: bool, batch_axes: list[int | None]
 ) -> CapturedGraph:
     signature = program.graph_signature
     state = {
@@ -139,6 +213,8 @@ def _to_captured(
     graph = _inline_regions(program.graph_module)
     _drop_assertions(graph)
     expand_cells(graph)
+    if ambient_autocast(model) is not None or "wrap_with_autocast" in {_operator(node) for node in _all_nodes(program)}:
+        cast_explicitly(graph, model)
     inputs = [node.name for node in graph.nodes if node.op == "placeholder" and node.name not in state]
     graph, updates = functionalize(graph, dict(signature.inputs_to_buffers))
     kept = set(updates.values())
@@ -182,8 +258,13 @@ def _inline_regions(module: torch.fx.GraphModule) -> Graph:
         operands = node.args[node.args.index(bodies[0]) + 1 :]
         holders = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
         inner_env = dict(zip(holders, torch.fx.node.map_arg(operands, lambda n: env[n]), strict=True))
+        without_grad = node.target.name() == "wrap_with_set_grad_enabled" and not node.args[0]
+        if without_grad:
+            for part in body.modules():
+                for inner in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
+                    inner.meta[NO_GRAD] = True
         outputs = copy(body, inner_env)
-        if node.target.name() == "wrap_with_set_grad_enabled" and not node.args[0]:
+        if without_grad:
             outputs = [_detached(graph, output) for output in outputs]
         return list(outputs)
 
@@ -201,6 +282,15 @@ def _detached(graph: Graph, node: Any) -> Any:
     detached = graph.call_function(aten.detach.default, (node,))
     detached.meta = dict(node.meta)
     return detached
+
+
+def _all_nodes(program: torch.export.ExportedProgram) -> Iterator[Node]:
+    for module in program.graph_module.modules():
+        yield from module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ()
+
+
+def _operator(node: Node) -> str:
+    return node.target.name() if isinstance(node.target, torch._ops.HigherOrderOperator) else ""
 
 
 def _drop_assertions(graph: Graph) -> None:
@@ -266,8 +356,8 @@ def _copied_attributes(module: nn.Module) -> tuple[dict[str, Any], list[tuple[An
 
 
 @contextlib.contextmanager
-def _markers(model: nn.Module) -> Iterator[None]:
-    """Recognised modules call their marker while this is open."""
+def _markers(model: nn.Module, leaves: dict[str, OpaqueLeaf]) -> Iterator[None]:
+    """Recognised modules and opaque leaves call their marker while this is open."""
     patched = []
     try:
         for module in model.modules():
@@ -275,10 +365,15 @@ def _markers(model: nn.Module) -> Iterator[None]:
             if forward is not None and "forward" not in vars(module):
                 module.__dict__["forward"] = forward
                 patched.append(module)
-        yield
+        for leaf in leaves.values():
+            leaf.module.__dict__["_call_impl"] = leaf.marked  # hooks too belong to what runs as itself
+        with functions_stand_in():
+            yield
     finally:
         for module in patched:
             del module.__dict__["forward"]
+        for leaf in leaves.values():
+            del leaf.module.__dict__["_call_impl"]
 
 
 def _register_dataclasses(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -80,6 +80,12 @@ def emit(compiled: CompiledModel, stn: "SelfTuningModule", path: str | Path) -> 
         raise StnError(
             f"{path} cannot be imported by name. Choose a file such as {path.stem.replace('-', '_')}_stn.py."
         )
+    if compiled.captured.opaque:
+        names = ", ".join(leaf.name for leaf in compiled.captured.opaque)
+        raise StnError(
+            f"{names} cannot be captured and runs as the module itself, which cannot be written down as code. Remedy: "
+            f"stn-fx inspect reports without writing; training works."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = path.with_suffix(".pt")
     path.write_text(source(compiled, stn, path.stem))

@@ -1,6 +1,6 @@
 """The compiler's way of the data, in one place: capture -> analyse -> plan -> rewrite."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,6 +11,8 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from stn_fx.compiler.capture import CapturedGraph, CapturedModel, capture, register_dataclasses
+from stn_fx.compiler.forward_mode import lacks_forward_mode
+from stn_fx.compiler.functionalize import module_path
 from stn_fx.compiler.layouts import analyse_layouts, symbolic_axes
 from stn_fx.compiler.plan import Plan
 from stn_fx.compiler.planner import AnalysedGraph, plan_parameters, plan_sites
@@ -79,13 +81,16 @@ def compile_model(
         "training": _analyse(captured.training, captured, state, names, registry),
         "evaluation": _analyse(captured.evaluation, captured, state, names, registry),
     }
-    parameters, effective = plan_parameters(model, analysed.values(), registry, response)
-    sites, hyperparameters = plan_sites(
+    parameters, effective = plan_parameters(model, analysed.values(), registry, response, captured.opaque)
+    if not any(each.conditioned for each in parameters):
+        reasons = "; ".join(dict.fromkeys(f"{each.name}: {each.reason}" for each in parameters[:8]))
+        raise CaptureError(f"No parameter of {type(model).__name__} can respond to hyperparameters. {reasons}")
+    sites, hyperparameters, chosen = plan_sites(
         find_sites(captured.training, model, registry), selections, analysed["training"].layouts, _image_size(captured)
     )
-    plan = Plan(
-        tuple(parameters), tuple(sites), tuple(hyperparameters), effective, (*captured.notes, *([note] if note else []))
-    )
+    fallbacks = _fallback_notes(captured, analysed.values(), registry)
+    notes = (*captured.notes, *([note] if note else []), *chosen, *fallbacks)
+    plan = Plan(tuple(parameters), tuple(sites), tuple(hyperparameters), effective, notes)
     return CompiledModel(
         plan,
         captured,
@@ -96,6 +101,24 @@ def compile_model(
         rewrite(analysed["evaluation"], plan, registry, "response"),
         registry,
     )
+
+
+def _fallback_notes(captured: CapturedModel, graphs: Iterable[AnalysedGraph], registry: Registry) -> Iterator[str]:
+    """What did not go the usual way, for the report."""
+    for leaf in captured.opaque:
+        by = "" if leaf.forward_mode else ", tangents pass through it by central differences"
+        yield (
+            f"{leaf.name} runs as itself, since it cannot be captured ({leaf.reason}): its parameters are trained but "
+            f"do not respond, its dropouts keep their rates{by}"
+        )
+    lacking = {
+        f"{node.target} at {module_path(node) or 'the model'}"
+        for graph in graphs
+        for node in graph.captured.graph.nodes
+        if node in graph.flow.carries_batch and lacks_forward_mode(node, registry)
+    }
+    if lacking:
+        yield f"no forward mode, so tangents pass by central differences: {', '.join(sorted(lacking))}"
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:

@@ -9,12 +9,14 @@ from torch.fx import Node
 
 from stn_fx.compiler.capture import CapturedGraph
 from stn_fx.compiler.plan import ParameterPlan, SitePlan
+from stn_fx.compiler.precedence import acting_selections, precedence_notes
 from stn_fx.compiler.sites import FoundSite
 from stn_fx.compiler.uses import GraphUses, ParameterFlow, WeightUse, effective_name, row_axes
 from stn_fx.errors import BatchLayoutError, UnknownHyperparameterError
 from stn_fx.hparams import ResolvedHyperparameter, Selection, SiteContext, resolve
 from stn_fx.rules import Registry
 from stn_fx.rules.layout import BatchLayout
+from stn_fx.rules.opaque import OpaqueLeaf
 from stn_fx.rules.structure import LowRank
 
 EXACT_LIMIT = 2**16
@@ -32,11 +34,18 @@ class AnalysedGraph:
 
 
 def plan_parameters(
-    model: nn.Module, graphs: Iterable[AnalysedGraph], registry: Registry, response: LowRank | None
+    model: nn.Module,
+    graphs: Iterable[AnalysedGraph],
+    registry: Registry,
+    response: LowRank | None,
+    opaque: Iterable[OpaqueLeaf] = (),
 ) -> tuple[list[ParameterPlan], dict[str, dict[str, str]]]:
     """Plan of every parameter and effective weight, and where the effective weights stand in each graph."""
     graphs = list(graphs)
-    plans = [_plan_parameter(name, p, graphs, registry, response) for name, p in model.named_parameters()]
+    inside = {id(p): leaf.name for leaf in opaque for p in leaf.module.parameters()}
+    plans = [
+        _plan_parameter(name, p, graphs, registry, response, inside.get(id(p))) for name, p in model.named_parameters()
+    ]
     effective, where = _plan_effective(graphs, registry, response)
     through = _through(graphs, where)
     plans = [_covered(plan, through.get(plan.name, ())) for plan in plans]
@@ -44,7 +53,12 @@ def plan_parameters(
 
 
 def _plan_parameter(
-    name: str, parameter: Tensor, graphs: list[AnalysedGraph], registry: Registry, response: LowRank | None
+    name: str,
+    parameter: Tensor,
+    graphs: list[AnalysedGraph],
+    registry: Registry,
+    response: LowRank | None,
+    opaque: str | None,
 ) -> ParameterPlan:
     shape = tuple(parameter.shape)
     weights = [use for graph in graphs for use in graph.uses.weights.get(name, [])]
@@ -54,6 +68,8 @@ def _plan_parameter(
         return ParameterPlan(name, shape, "frozen", uses=count, reason="requires_grad is False, so it does not respond")
     if not parameter.is_floating_point():
         return ParameterPlan(name, shape, "none", uses=count, reason=f"its dtype is {parameter.dtype}")
+    if opaque is not None:
+        return ParameterPlan(name, shape, "none", uses=count, reason=f"{opaque} cannot be captured and runs as itself")
     reasons = [reason for _, reason in general if reason]
     if reasons:
         return ParameterPlan(name, shape, "none", uses=count, reason=reasons[0])
@@ -66,7 +82,10 @@ def _plan_parameter(
     consumer = general[0][0] if general else weights[0].consumer
     rule = registry.find(consumer)
     if parameter.numel() > EXACT_LIMIT:
-        reason = f"no rule conditions its use by {consumer.target}, and {parameter.numel():,} scalars are too many for the exact Jacobian"  # noqa: E501
+        reason = (
+            f"no rule conditions its use by {consumer.target}, and {parameter.numel():,} scalars are too many for the "
+            f"exact Jacobian"
+        )
         return ParameterPlan(name, shape, "none", uses=count, reason=reason)
     return ParameterPlan(name, shape, "exact", rule=rule.name if rule else "any operator, per example", uses=count)
 
@@ -158,10 +177,11 @@ def _covered(plan: ParameterPlan, through: tuple[str, ...]) -> ParameterPlan:
 
 def plan_sites(
     found: list[FoundSite], selections: list[Selection], layouts: dict[Node, BatchLayout], image_size: Any
-) -> tuple[list[SitePlan], list[ResolvedHyperparameter]]:
-    """Which hyperparameter acts at which site.
+) -> tuple[list[SitePlan], list[ResolvedHyperparameter], list[str]]:
+    """Which hyperparameter acts at which site, and notes for the report.
 
     Raises:
+        InputError: several selections choose one site, and none is more specific.
         UnknownHyperparameterError: a selection that matches nothing, all of them together.
         BatchLayoutError: a selected site whose batch layout is undecided.
     """
@@ -169,8 +189,9 @@ def plan_sites(
     acting: dict[str, tuple[tuple[str, str], ...]] = {}
     undecided: list[str] = []
     missed: list[str] = []
+    winners = acting_selections(found, selections)
     for selection in selections:
-        sites = [site for site in found if _selected(site, selection)]
+        sites = [site for site, winner in winners.items() if winner is selection]
         if not sites and selection.entry.kind != "loss":
             if selection.required:
                 missed.append(_missed(selection, found))
@@ -181,8 +202,6 @@ def plan_sites(
             continue
         active = max((site.own_rate for site in sites), default=0.0)
         for site in sites:
-            if site.name in acting and site.entry == selection.entry.name and _taken(site, acting):
-                continue
             if site.node not in layouts:
                 undecided.append(f"{selection.entry.name} at {site.name}")
                 continue
@@ -205,19 +224,11 @@ def plan_sites(
         )
         for site in found
     ]  # fmt: skip
-    return plans, list(hyperparameters.values())
+    return plans, list(hyperparameters.values()), list(precedence_notes(winners, selections))
 
 
 def _key(site: FoundSite) -> str:
     return f"{site.entry}:{site.node.name}"
-
-
-def _taken(site: FoundSite, acting: dict[str, Any]) -> bool:
-    return _key(site) in acting
-
-
-def _selected(site: FoundSite, selection: Selection) -> bool:
-    return site.entry == selection.entry.name and selection.matches(site.name)
 
 
 def _missed(selection: Selection, found: list[FoundSite]) -> str:

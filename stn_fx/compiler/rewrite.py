@@ -16,7 +16,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from stn_fx.compiler.compose import compose, map_row_axis, passes_structure
+from stn_fx.compiler.compose import compose, linear_operand, map_row_axis
+from stn_fx.compiler.forward_mode import lacks_forward_mode
 from stn_fx.compiler.functionalize import module_path
 from stn_fx.compiler.layouts import unit_size
 from stn_fx.compiler.plan import ParameterPlan, Plan, SitePlan
@@ -63,6 +64,9 @@ class GraphEmitter:
         self.sites: dict[str, SitePlan] = {site.node: site for site in plan.sites} if self.captured.training else {}
         self.effective = plan.effective.get("training" if self.captured.training else "evaluation", {})
         self.origin: Node | None = None
+        values = [node.meta.get("val") for node in self.captured.graph.nodes]
+        dtypes = {value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()}
+        self.mixed_precision = len(dtypes) > 1
 
     # ---- the walk
 
@@ -75,6 +79,8 @@ class GraphEmitter:
             self.origin = node
             if node.op == "call_function":
                 self._emit(node)
+                if self.mixed_precision and node in self.flow.carries_batch:
+                    self._keep_dtype(node)
             elif node.op == "output":
                 self._output(node)
         return self.graph
@@ -97,6 +103,15 @@ class GraphEmitter:
             self.values[node] = rule.respond(self, node) if rule is not None else self.copy(node)
         else:
             self._emit_linearized(node, rule)
+
+    def _keep_dtype(self, node: Node) -> None:
+        """Response parameters are in full precision; what they enter stays in the dtype that the model computes in."""
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return
+        for table in (self.values, self.tangents) if self.kind == "linearized" else (self.values,):
+            if isinstance(table.get(node), Node):
+                table[node] = self.call(aten.to.dtype, table[node], value.dtype)
 
     def _emit_linearized(self, node: Node, rule: Rule | None) -> None:
         if rule is not None:
@@ -126,7 +141,8 @@ class GraphEmitter:
             return None
         arguments, options = self._call_arguments(node)
         outputs = node.meta.get("val")
-        result = self.call(operator_tangent, node.target, arguments, options, tangents)
+        forward_mode = {"forward_mode": False} if lacks_forward_mode(node, self.registry) else {}
+        result = self.call(operator_tangent, node.target, arguments, options, tangents, **forward_mode)
         if not isinstance(outputs, (tuple, list)):
             return result
         floating = [i for i, v in enumerate(outputs) if isinstance(v, Tensor) and v.is_floating_point()]
@@ -242,12 +258,13 @@ class GraphEmitter:
         plan = self._plan_of(node)
         if plan is not None:
             return self._own_change(plan) if plan.structure in ("row-wise", "low-rank") else None
-        if node.op != "call_function" or not passes_structure(node) or node in self.flow.carries_batch:
+        if node.op != "call_function" or node in self.flow.carries_batch:
             return None
-        parent = self.structured(node.args[0])
-        if parent is None or map_row_axis(node, parent.row_axis, parent.left is not None) is None:
+        operand = linear_operand(node, self.flow.is_fixed)
+        parent = None if operand is None else self.structured(node.args[operand])
+        if parent is None or map_row_axis(node, operand, parent.row_axis, parent.left is not None) is None:
             return None
-        return compose(self, node, parent, parent.row_axis)
+        return compose(self, node, operand, parent, parent.row_axis)
 
     def _own_change(self, plan: ParameterPlan) -> StructuredChange:
         scales = self.call(row_scales, self._fetch("response", f"{plan.name}.V"), self.holders["delta"])
@@ -365,7 +382,9 @@ def hyperparameter_column(values_BH: Tensor, index: int) -> Tensor:
     return values_BH[:, index]
 
 
-def operator_tangent(target: Any, arguments: list[Any], options: dict[str, Any], tangents: list[Any]) -> Any:
+def operator_tangent(
+    target: Any, arguments: list[Any], options: dict[str, Any], tangents: list[Any], forward_mode: bool = True
+) -> Any:
     """Tangent of any operator; ``tangents`` has one entry (or None) for each tensor in the arguments."""
     leaves, spec = pytree.tree_flatten((arguments, options))
     where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -378,7 +397,8 @@ def operator_tangent(target: Any, arguments: list[Any], options: dict[str, Any],
         positional, keywords = pytree.tree_unflatten(filled, spec)
         return target(*positional, **keywords)
 
-    return linearize(on_tensors, tuple(leaves[i] for i, _ in floating), tuple(t for _, t in floating))
+    primals, directions = tuple(leaves[i] for i, _ in floating), tuple(t for _, t in floating)
+    return linearize(on_tensors, primals, directions, forward_mode)
 
 
 def _identifier(name: str) -> str:

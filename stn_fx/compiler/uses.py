@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from stn_fx.compiler.capture import CapturedGraph
-from stn_fx.compiler.compose import map_row_axis, passes_structure
+from stn_fx.compiler.compose import linear_operand, map_row_axis
+from stn_fx.compiler.forward_mode import lacks_forward_mode
 from stn_fx.compiler.functionalize import module_path
 from stn_fx.compiler.layouts import symbolic_axes
 from stn_fx.rules import Registry
@@ -29,8 +30,8 @@ class WeightUse:
     consumer: Node
     position: int
     weight: Node
-    chain: list[Node] = field(default_factory=list)
-    """Operators from the parameter to ``weight``, in order; empty for a direct use."""
+    chain: list[tuple[Node, int]] = field(default_factory=list)
+    """Operators from the parameter to ``weight``, in order, each with the argument that it is linear in."""
 
 
 @dataclass
@@ -79,6 +80,10 @@ class ParameterFlow:
         """Whether this value depends on parameters and on no input."""
         return isinstance(argument, Node) and argument in self.sources
 
+    def is_fixed(self, argument: object) -> bool:
+        """Whether this value depends neither on parameters nor on inputs."""
+        return isinstance(argument, Node) and argument not in self.sources and argument not in self.carries_batch
+
 
 def find_uses(
     captured: CapturedGraph, flow: ParameterFlow, layouts: dict[Node, BatchLayout], registry: Registry
@@ -108,23 +113,25 @@ def _classify(
     registry: Registry,
 ) -> None:
     reason = _undecided(consumer, flow, layouts)
+    barred = _barred(consumer, argument, flow, registry)
     position = consumer.args.index(argument) if argument in consumer.args else -1
     rule = registry.find(consumer)
     rank = argument.meta["val"].ndim
     axes = rule.weight_axes(consumer, position, rank) if rule is not None and position >= 0 else ()
     if not axes or reason:
-        _general(uses, flow, argument, consumer, reason)
+        _general(uses, flow, argument, consumer, reason or barred)
         return
     use = WeightUse(consumer, position, argument)
     node: Any = argument
     while node.op != "placeholder":
-        if not passes_structure(node):
+        operand = linear_operand(node, flow.is_fixed)
+        if operand is None:
             uses.effective.setdefault(argument, []).append(WeightUse(consumer, position, argument))
             for name in flow.sources[argument]:
                 uses.through.setdefault(name, set()).add(argument)
             return
-        use.chain.insert(0, node)
-        node = node.args[0]
+        use.chain.insert(0, (node, operand))
+        node = node.args[operand]
     (name,) = flow.sources[node]
     uses.weights.setdefault(name, []).append(use)
 
@@ -141,6 +148,19 @@ def _undecided(consumer: Node, flow: ParameterFlow, layouts: dict[Node, BatchLay
     return ""
 
 
+def _barred(consumer: Node, argument: Node, flow: ParameterFlow, registry: Registry) -> str:
+    """Why a parameter cannot differ per example on its way to ``argument`` and into ``consumer``; "" if it can."""
+    frontier, seen = [argument], {argument}
+    for node in frontier:
+        above = [n for n in node.all_input_nodes if flow.parameter_only(n) and n not in seen]
+        frontier += above
+        seen.update(above)
+    for node in (consumer, *frontier):
+        if lacks_forward_mode(node, registry):
+            return f"{node.target} at {module_path(node) or 'the model'} has neither a rule nor a forward mode"
+    return ""
+
+
 def _general(uses: GraphUses, flow: ParameterFlow, argument: Node, consumer: Node, reason: str) -> None:
     for name in flow.sources[argument]:
         uses.general.setdefault(name, []).append((consumer, reason))
@@ -154,8 +174,8 @@ def row_axes(use: WeightUse, registry: Registry, ndim: int, low_rank: bool) -> l
     ranked = []
     for axis in range(ndim):
         mapped: int | None = axis
-        for node in use.chain:
-            mapped = map_row_axis(node, mapped, low_rank)
+        for node, operand in use.chain:
+            mapped = map_row_axis(node, operand, mapped, low_rank)
             if mapped is None:
                 break
         if mapped in allowed:

@@ -22,6 +22,7 @@ def load_builtin_rules() -> Registry:
         input_sites,
         linear,
         normalization,
+        opaque,
         pooling,
         structural,
     )
