@@ -24,7 +24,7 @@ INNER: tuple[Role, ...] = ("base", "response")
 OUTER: tuple[Role, ...] = ("hyper", "scale")
 
 # Apart from the seed of the masks, so that no two streams of random numbers are the same.
-PERTURBATIONS = 0x5DE1_7A57
+PERTURBATIONS = 1
 PER_RANK = 1_000_003
 
 
