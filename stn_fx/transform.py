@@ -212,6 +212,28 @@ class SelfTuningModule(nn.Module):
             outputs = compiled.response(self._state(compiled), self._response(), None, delta_BH, None, *inputs)
         return compiled.captured.evaluation.unflatten(outputs)
 
+    def respond_in_training(
+        self, *args: Any, raw: Tensor, base: Mapping[str, Tensor] | None = None, **kwargs: Any
+    ) -> Any:
+        """Response pass on the training graph: ``f(x; w0 + DeltaW(raw_i - current))`` with dropout and augmentation.
+
+        For variants that learn the response without linearization. The base parameters are detached and running
+        statistics stay untouched; with ``base``, parameters by name to use instead, it is the pass that trains the
+        model, and updates running statistics.
+        """
+        compiled, inputs = self._prepare(args, kwargs)
+        raw_BH, delta_BH = self._displacement(raw, compiled.captured.batch_size(inputs))
+        buffers = dict(self.model.named_buffers(remove_duplicate=False))
+        state = self._state(compiled)
+        if base is None:
+            state = {name: t.clone() if name in buffers else t.detach() for name, t in state.items()}
+        else:
+            state |= base
+        values = self.hparams.constrain(raw_BH.detach())
+        with without_autocast(self.model):
+            outputs = compiled.response_training(state, self._response(), values, delta_BH, self._draws(), *inputs)
+        return compiled.captured.training.unflatten(outputs)
+
     def _displacement(self, raw: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
         raw_BH = self.hparams.raw.unsqueeze(0).expand(batch, -1) if raw is None else raw
         if raw_BH.ndim == 1:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,6 +43,11 @@ class CompiledModel:
     registry: Registry
     predicted_cost: Any = None
     """Filled in by the report, which is the one to ask for it."""
+
+    @cached_property
+    def response_training(self) -> GraphModule:
+        """The response pass on the training graph, with dropout and augmentation; only some variants need it."""
+        return rewrite(self.analysed["training"], self.plan, self.registry, "response")
 
 
 def compile_model(

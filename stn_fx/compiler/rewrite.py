@@ -100,6 +100,8 @@ class GraphEmitter:
             self._emit_item(node)
         elif self._needs_general_way(node, rule):
             self._emit_per_example(node)
+        elif self.kind == "response" and self.captured.training and getattr(rule, "site", ""):
+            self.values[node] = rule.base(self, node)  # sites hold no parameters: what responds is their input
         elif self.kind == "response":
             self.values[node] = rule.respond(self, node) if rule is not None else self.copy(node)
         else:
