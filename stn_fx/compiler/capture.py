@@ -103,7 +103,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], bat
             return _capture_around(model, flat, spec, batch_axes, leaves, notes)
         except CaptureError as error:
             place = failing_place(error, model) or FailingPlace(error.module, "")
-            if not place.module or place.module in leaves:
+            if not place.module or place.module in leaves or PACKED_REMEDY in str(error):
                 raise
             reason = f"{_in_short(root_cause(error))}, {place.line}" if place.line else str(error)
             with left_as_found(model), buffers_as_found(model):
