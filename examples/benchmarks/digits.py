@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -117,6 +118,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="CSV file of all runs")
     options = parser.parse_args()
 
+    # Batches this small gain nothing from threads, and with one every run adds up in the same order.
+    torch.set_num_threads(1)
     console, rows = Console(), []
     for start in options.starts:
         task = digits_task(STARTS[start])
