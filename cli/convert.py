@@ -16,7 +16,7 @@ from stn_fx.errors import InputError, StnError
 from stn_fx.example_input import example_input
 from stn_fx.model_reference import load_model
 
-from .options import parse_arguments, parse_response
+from .options import parse_arguments, parse_image_format, parse_response
 
 
 def convert(
@@ -33,6 +33,12 @@ def convert(
     input_shape: Annotated[
         str | None,
         typer.Option(metavar="SIZES", help="Shape of one example, as 3,32,32; else deduced from the model."),
+    ] = None,
+    image_format: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MEAN/STD", help="Normalisation of images, as 0.5/0.25 or 0.49,0.48,0.45/0.25; colour needs it."
+        ),
     ] = None,
     response: Annotated[str, typer.Option(help="How weights respond: rowwise, or lowrank:RANK (cheaper).")] = "rowwise",
     batch_axis: Annotated[
@@ -76,7 +82,10 @@ def convert(
     loaded = load_model(model, arguments=arguments)
     example = example_input(loaded.model, shape, vars(loaded.namespace) if loaded.namespace else {}, batch_axis or 0)
     console.print(f"Input: {example.description}", highlight=False)
-    stn = stn_fx.transform(loaded.model, hparams, example.inputs, batch_axis=batch_axis, response=structure, seed=seed)
+    stn = stn_fx.transform(
+        loaded.model, hparams, example.inputs, batch_axis=batch_axis, response=structure, seed=seed,
+        image_format=None if image_format is None else parse_image_format(image_format),
+    )  # fmt: skip
     report = stn.report
     console.print(report)
     if json_file is not None:

@@ -1,5 +1,6 @@
 """stn_fx tunes the regularization hyperparameters of any unmodified PyTorch model, while it trains, in one run."""
 
+from stn_fx.augment.image_format import ImageFormat
 from stn_fx.bilevel import BilevelTrainer, DeltaSTN
 from stn_fx.hparams import Hyperparameter
 from stn_fx.rules.structure import LowRank
@@ -10,6 +11,7 @@ __all__ = [
     "BilevelTrainer",
     "DeltaSTN",
     "Hyperparameter",
+    "ImageFormat",
     "LowRank",
     "SelfTuningModule",
     "check",

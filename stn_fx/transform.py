@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stn_fx.augment.draws import Draws
+from stn_fx.augment.image_format import ImageFormat
 from stn_fx.compiler.finalize import Finalized, write_rates
 from stn_fx.compiler.pipeline import BatchAxis, CompiledModel, compile_model, state_tensors
 from stn_fx.compiler.report import Report
@@ -31,6 +32,7 @@ def transform(
     response: str | LowRank = "rowwise",
     rules: Registry | None = None,
     seed: int | None = None,
+    image_format: ImageFormat | None = None,
 ) -> "SelfTuningModule":
     """Compile ``model`` into a module that tunes its own hyperparameters.
 
@@ -43,6 +45,7 @@ def transform(
         response: "rowwise" (the papers'), or ``LowRank(r)``.
         rules: operator rules; None = the built-in ones (``stn_fx.rules.load_builtin_rules().copy()`` to add to).
         seed: of the response's initial values and of all masks; None = torch's initial seed.
+        image_format: the normalisation of image inputs, which brightness, contrast, saturation and hue need.
 
     Raises:
         CaptureError, BatchLayoutError, UnknownHyperparameterError, OutOfBoundsError, InputError: see ``stn_fx.errors``.
@@ -53,7 +56,7 @@ def transform(
         raise InputError("This module is already a SelfTuningModule. Pass the user's own model.")
     if response != "rowwise" and not isinstance(response, LowRank):
         raise InputError(f"response={response!r} is neither 'rowwise' nor LowRank(r).")
-    stn = SelfTuningModule(model, hparams, batch_axis, response, rules, seed)
+    stn = SelfTuningModule(model, hparams, batch_axis, response, rules, seed, image_format)
     if example_inputs is not None:
         stn.compile_for(example_inputs)
     return stn
@@ -74,6 +77,7 @@ class SelfTuningModule(nn.Module):
         response: str | LowRank,
         rules: Registry | None,
         seed: int | None,
+        image_format: ImageFormat | None = None,
     ) -> None:
         super().__init__()
         self.training = model.training
@@ -83,6 +87,7 @@ class SelfTuningModule(nn.Module):
         self._structure = response if isinstance(response, LowRank) else None
         self._rules = rules  # None = the built-in ones, which need not be pickled
         self._seed = torch.initial_seed() if seed is None else seed
+        self._image_format = image_format
         self._generators: dict[str, torch.Generator] = {}
         self._captures: list[_Capture] = []
         self._example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -97,7 +102,9 @@ class SelfTuningModule(nn.Module):
 
     def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CompiledModel:
         rules = load_builtin_rules() if self._rules is None else self._rules
-        compiled = compile_model(self.model, args, kwargs, self._selections, self._structure, self._batch_axis, rules)
+        compiled = compile_model(
+            self.model, args, kwargs, self._selections, self._structure, self._batch_axis, rules, self._image_format
+        )
         if self._example is not None:
             self._check_same_parameters(compiled)
         else:

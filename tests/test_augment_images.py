@@ -178,7 +178,7 @@ def test_examples_do_not_touch_each_other():
     x = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(3))
     strength_B = torch.zeros(5)
     strength_B[2] = 0.5
-    strengths = {name: strength_B for name in ("rotation", "translation", "scaling", "shear", "horizontal_flip")}
+    strengths = dict.fromkeys(("rotation", "translation", "scaling", "shear", "horizontal_flip"), strength_B)
     moved = warp(x, draw_affine(x, strengths, draws(), "g"))
     recoloured = colour(x, PLAIN, **draw_colour(x, dict.fromkeys(("brightness", "hue"), strength_B), draws(), "c"))
     blurred = gaussian_blur(x, strength_B, 2)

@@ -125,7 +125,7 @@ def test_learning_rates_are_explained(name):
         ("dropout(shared=2)", "not a boolean"),
         ("dropout(low=0.5, high=0.2)", "not below"),
         ("dropout(initial=nan)", "not finite"),
-        ("cutout(shared)", "neither a pattern nor 'shared'"),
+        ("cutout(shared)", "Leave 'shared' out"),
         ("weight_decay@layer1", "neither a pattern nor 'shared'"),
         ("dropout,dropout", "chosen before"),
         ("dropout@a,dropout@a(shared)", "chosen before"),

@@ -58,8 +58,8 @@ class ImageFormat:
         described = max(len(self.means), len(self.stds))
         if described not in (1, channels):
             raise InputError(
-                f"ImageFormat describes {described} channels, and the images have {channels}. Give one mean and std for "
-                f"each channel, or one number for all."
+                f"ImageFormat describes {described} channels, and the images have {channels}. Give one mean and std "
+                f"for each channel, or one number for all."
             )
 
 

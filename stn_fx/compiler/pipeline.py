@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from stn_fx.augment.image_format import ImageFormat
 from stn_fx.compiler.capture import CapturedGraph, CapturedModel, capture, register_dataclasses
+from stn_fx.compiler.insertion import insert_sites
 from stn_fx.compiler.layouts import analyse_layouts, symbolic_axes
 from stn_fx.compiler.plan import Plan
 from stn_fx.compiler.planner import AnalysedGraph, plan_parameters, plan_sites
 from stn_fx.compiler.rewrite import rewrite
-from stn_fx.compiler.sites import choose_insertions, find_sites, insert_sites
+from stn_fx.compiler.sites import choose_insertions, find_sites
 from stn_fx.compiler.uses import ParameterFlow, find_uses
 from stn_fx.errors import BatchLayoutError, CaptureError, InputError
 from stn_fx.hparams import Selection
@@ -48,6 +50,7 @@ def compile_model(
     response: LowRank | None,
     batch_axis: BatchAxis,
     registry: Registry,
+    image_format: ImageFormat | None = None,
 ) -> CompiledModel:
     """Compile ``model`` for these example inputs.
 
@@ -55,6 +58,7 @@ def compile_model(
         CaptureError: the forward cannot be captured.
         BatchLayoutError: no input axis can be the batch, or a chosen site's batch layout is undecided.
         UnknownHyperparameterError: a selection matches nothing in this model.
+        InputError: there is nothing to train, or a colour operation without a format that fits its images.
     """
     if not any(True for _ in model.parameters()):
         raise InputError(f"{type(model).__name__} has no parameters, so there is nothing to train or to condition.")
@@ -66,7 +70,8 @@ def compile_model(
     state = state_tensors(model, captured)
     names = canonical_names(model)
     found = find_sites(captured.training, model, registry)
-    insert_sites(captured.training, choose_insertions(captured.training, model, selections, found))
+    insertions = choose_insertions(captured.training, model, selections, found, image_format)
+    insert_sites(captured.training, insertions)
     for graph in (captured.training, captured.evaluation):
         _infer_missing_values(graph)
     analysed = {

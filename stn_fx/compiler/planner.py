@@ -226,5 +226,6 @@ def _missed(selection: Selection, found: list[FoundSite]) -> str:
     return (
         f"{selection.text!r} matches nothing in this model. "
         + (f"It has these sites: {have}. " if names else "It has no site of any kind. ")
-        + "Any of weight_decay, label_smoothing and, for image inputs, cutout and input_dropout fits too."
+        + "Terms of the loss (weight_decay, label_smoothing) fit any model, and augmentations (rotation, cutout) image "
+        "inputs; `stn-fx hparams` lists them."
     )

@@ -5,6 +5,7 @@ response parameters by name, constrained hyperparameters (B, H), displacements (
 and the flattened inputs.
 """
 
+import math
 import operator
 import re
 from collections.abc import Callable
@@ -323,7 +324,7 @@ class GraphEmitter:
 
     def upper_bound(self, node: Node, part: str) -> int:
         name = dict(self.sites[node.name].hyperparameters)[part]
-        return int(self.plan.hyperparameters[self.plan.column(name)].high)
+        return math.ceil(self.plan.hyperparameters[self.plan.column(name)].high)
 
     @property
     def draws(self) -> Node:

@@ -7,7 +7,8 @@ from typing import Literal, Protocol
 from stn_fx.errors import InputError, UnknownHyperparameterError
 
 Kind = Literal["site", "input", "loss"]
-PatternOver = Literal["modules"]
+PatternOver = Literal["modules", "inputs"]
+Needs = Literal["floating", "image", "pixels", "colour", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ class Entry:
         description: one line.
         source: the paper or recipe that bounds and initial values come from.
         pattern_over: what a pattern after `@` selects; None where the entry takes no pattern.
+        needs: for `input` entries, what the input must be: `floating` (any), `image` (4-d), `pixels` (an image whose
+            numbers have a known meaning, with 1 or 3 channels), `colour` (the same with 3), `tokens` (integers).
     """
 
     name: str
@@ -106,6 +109,7 @@ class Entry:
     description: str
     source: str
     pattern_over: PatternOver | None = None
+    needs: Needs = "floating"
 
     def component(self, name: str) -> Component:
         """The component of that name; KeyError where there is none."""

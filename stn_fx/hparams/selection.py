@@ -56,7 +56,7 @@ class Selection:
         """
         if self.shared and self.pattern is not None:
             return f"{self.entry.full_name(component)}@{self.pattern}"
-        places = self.entry.pattern_over is not None and not self.shared
+        places = self.entry.pattern_over == "modules" and not self.shared
         return self.entry.full_name(component, place if places else None)
 
 
@@ -156,6 +156,8 @@ def _select(item: ParsedItem, catalogue: Catalogue) -> tuple[Selection, str | No
     shared = options.pop("shared", False)
     if not isinstance(shared, bool):
         raise InputError(f"{item.text}: shared={shared} is not a boolean. Write 'shared' or leave it out.")
+    if entry.pattern_over == "inputs" and shared:
+        raise InputError(f"{item.text}: {entry.name} has one value for all inputs anyway. Leave 'shared' out.")
     if entry.pattern_over is None and (item.pattern is not None or shared):
         raise InputError(
             f"{item.text}: {entry.name} acts at one place ({entry.kind}), so it takes neither a pattern nor 'shared'. "
@@ -185,7 +187,7 @@ def _assign(entry: Entry, component: str | None, key: str, value: object, text: 
     raise InputError(
         f"{text}: {key!r} is not an option of {entry.name}, or its value is not of the right form. Options are "
         f"{', '.join(prefix + each for each in SETTINGS)}"
-        f"{', shared' if entry.pattern_over else ''}, and ranges such as {names[-1]}=0..1"
+        f"{', shared' if entry.pattern_over == 'modules' else ''}, and ranges such as {names[-1]}=0..1"
         f"{'' if len(names) == 1 else ' (components: ' + ', '.join(names) + ')'}."
     )
 

@@ -19,6 +19,7 @@ def load_builtin_rules() -> Registry:
         dropout,
         elementwise,
         embedding,
+        image_sites,
         input_sites,
         linear,
         normalization,
