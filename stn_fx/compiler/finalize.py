@@ -58,7 +58,7 @@ def write_rates(model: nn.Module, plan: Plan, values: Mapping[str, float]) -> Fi
 def _place(site: SitePlan, modules: dict[str, nn.Module], plan: Plan) -> tuple[nn.Module, str] | str:
     """(module, attribute) that holds the rate of a site, or why there is none."""
     if site.entry not in RATE_ATTRIBUTES:
-        return f"{site.entry} acts on the input"
+        return f"{site.entry} acts in training only and no module of the model does the same"
     if site.inserted:
         return f"the site at {site.name} was inserted"
     module = modules.get(site.name)

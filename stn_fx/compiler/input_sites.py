@@ -5,6 +5,7 @@ By default an augmentation acts on the first input that it fits (an image where 
 catalogue: geometry, blur, colour, noise, then what blanks parts of the image, so that no later one fills holes.
 """
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -50,6 +51,9 @@ def _fits(node: Node, captured: CapturedGraph, entry: Entry) -> bool:
     if not isinstance(value, Tensor):
         return False
     batch_axes = symbolic_axes(value, captured.batch_symbol)
+    if entry.needs == "tokens":
+        whole = not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool
+        return whole and value.ndim >= 2 and bool(batch_axes)
     if entry.needs == "floating":
         return value.is_floating_point() and bool(batch_axes)
     return value.is_floating_point() and value.ndim == 4 and 0 in batch_axes

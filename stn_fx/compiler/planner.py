@@ -167,6 +167,7 @@ def plan_sites(
     """
     hyperparameters: dict[str, ResolvedHyperparameter] = {}
     acting: dict[str, tuple[tuple[str, str], ...]] = {}
+    options: dict[str, dict[str, bool | int]] = {}
     undecided: list[str] = []
     missed: list[str] = []
     for selection in selections:
@@ -191,6 +192,7 @@ def plan_sites(
             for each in resolved:
                 hyperparameters.setdefault(each.name, each)
             acting[_key(site)] = tuple((each.component, each.name) for each in resolved)
+            options[_key(site)] = selection.options
     if missed:
         raise UnknownHyperparameterError("\n".join(missed))
     if undecided:
@@ -202,6 +204,7 @@ def plan_sites(
         SitePlan(
             site.name, site.entry, site.node.name, site.own_rate, site.inserted, layouts.get(site.node),
             acting.get(_key(site), ()), "" if _key(site) in acting else "no hyperparameter was asked for here",
+            options.get(_key(site), {}),
         )
         for site in found
     ]  # fmt: skip

@@ -326,6 +326,10 @@ class GraphEmitter:
         name = dict(self.sites[node.name].hyperparameters)[part]
         return math.ceil(self.plan.hyperparameters[self.plan.column(name)].high)
 
+    def option(self, node: Node, name: str) -> Any:
+        site = self.sites.get(node.name)
+        return False if site is None else site.options.get(name, False)
+
     @property
     def draws(self) -> Node:
         return self.holders["draws"]

@@ -102,7 +102,7 @@ def choose_insertions(
     insertions = choose_input_sites(captured, selections, image_format)
     for selection in selections:
         entry = selection.entry.name
-        if entry in ("dropout", "drop_path") and selection.required:
+        if selection.entry.kind == "site" and selection.required:
             if any(site.entry == entry and selection.matches(site.name) for site in found):
                 continue
             if selection.pattern is not None:

@@ -89,6 +89,21 @@ class Component:
 
 
 @dataclass(frozen=True)
+class Option:
+    """A setting of an entry that is chosen and not tuned, such as `locked` in `dropout(locked)`.
+
+    Attributes:
+        name: what users write.
+        description: one line.
+        default: a boolean for a flag, else an integer; None where the user must say it.
+    """
+
+    name: str
+    description: str
+    default: bool | int | None = False
+
+
+@dataclass(frozen=True)
 class Entry:
     """A regularizer of the catalogue.
 
@@ -101,6 +116,7 @@ class Entry:
         pattern_over: what a pattern after `@` selects; None where the entry takes no pattern.
         needs: for `input` entries, what the input must be: `floating` (any), `image` (4-d), `pixels` (an image whose
             numbers have a known meaning, with 1 or 3 channels), `colour` (the same with 3), `tokens` (integers).
+        options: settings that are chosen and not tuned.
     """
 
     name: str
@@ -110,6 +126,7 @@ class Entry:
     source: str
     pattern_over: PatternOver | None = None
     needs: Needs = "floating"
+    options: tuple[Option, ...] = ()
 
     def component(self, name: str) -> Component:
         """The component of that name; KeyError where there is none."""

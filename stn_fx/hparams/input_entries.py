@@ -2,7 +2,7 @@
 
 import math
 
-from stn_fx.hparams.entry import Component, Entry, ImageSide
+from stn_fx.hparams.entry import Component, Entry, ImageSide, Option
 from stn_fx.hparams.sources import DELTA_STN, STN, TIMM, TORCHVISION
 
 INPUT_DROPOUT = Entry(
@@ -165,7 +165,36 @@ HUE = Entry(
     source=f"{STN}; 0.2 in SimCLR (Chen et al. 2020, arXiv 2002.05709)",
 )
 
+MASK_TOKEN = Option("mask_token", "the token that stands for a dropped one", default=None)
+PADDING = Option("padding", "the token that is never dropped; -1 for none", default=0)
+
+WORD_DROPOUT = Entry(
+    name="word_dropout",
+    kind="input",
+    pattern_over="inputs",
+    needs="tokens",
+    components=(Component("rate", low=0.0, high=0.95, initial=0.05, limits=(0.0, 1.0)),),
+    description="probability that a token is replaced by the mask token",
+    source="Bowman et al. 2016 (arXiv 1511.06349); rates of 0.1 (AWD-LSTM's embedding dropout, arXiv 1708.02182)",
+    options=(MASK_TOKEN, PADDING),
+)
+
+SPAN_MASKING = Entry(
+    name="span_masking",
+    kind="input",
+    pattern_over="inputs",
+    needs="tokens",
+    components=(
+        Component("rate", low=0.0, high=0.95, initial=0.05, limits=(0.0, 1.0)),
+        Component("length", low=0.0, high=10.0, initial=3.0, limits=(0.0, 1000.0), discrete=True),
+    ),
+    description="share of the tokens that are replaced by the mask token, in spans of this length",
+    source="SpanBERT (Joshi et al. 2020, arXiv 1907.10529): 0.15 of the tokens, spans of 3.8 on average, 10 at most",
+    options=(MASK_TOKEN, PADDING),
+)
+
 INPUT_ENTRIES = (
+    WORD_DROPOUT, SPAN_MASKING,
     HORIZONTAL_FLIP, ROTATION, TRANSLATION, SCALING, SHEAR, GAUSSIAN_BLUR, BRIGHTNESS, CONTRAST, SATURATION, HUE,
     INPUT_SCALE, GAUSSIAN_NOISE, RANDOM_ERASING, CUTOUT, INPUT_DROPOUT,
 )  # fmt: skip

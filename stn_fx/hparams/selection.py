@@ -5,6 +5,7 @@ The string form:
     selection  = item {"," item}
     item       = name ["@" pattern] ["(" option {"," option} ")"]
     option     = "shared" | "initial=0.1" | "scale=0.5" | "low=0" | "high=0.5" | "discrete=true"
+               | an entry's own: "locked" | "mask_token=103"
                | component "=" low ".." high | component "." option
 
 for example `dropout@layer4.*(shared, initial=0.1), cutout(length=2..16, holes=1..3), weight_decay`. Nothing here knows
@@ -34,6 +35,7 @@ class Selection:
         pattern: where it acts (see `stn_fx.hparams.pattern`); None for everywhere.
         shared: one value for all places instead of one for each.
         overrides: settings by component name; components without settings are absent.
+        options: what was chosen of the entry's own options, by name; see `Selection.option`.
         text: what the user wrote, for messages.
         required: whether matching nothing is an error; False for the default selection.
     """
@@ -42,6 +44,7 @@ class Selection:
     pattern: str | None = None
     shared: bool = False
     overrides: dict[str, Hyperparameter] = field(default_factory=dict)
+    options: dict[str, bool | int] = field(default_factory=dict)
     text: str = ""
     required: bool = True
 
@@ -134,6 +137,7 @@ def _item_of_object(hyperparameter: Hyperparameter) -> ParsedItem:
         )
     settings = {key: getattr(hyperparameter, key) for key in (*SETTINGS, "shared")}
     options = {key: value for key, value in settings.items() if value is not None}
+    options |= hyperparameter.options
     return ParsedItem(parsed.name, parsed.pattern, options, text=repr(hyperparameter))
 
 
@@ -152,7 +156,7 @@ def _select(item: ParsedItem, catalogue: Catalogue) -> tuple[Selection, str | No
     found = _lookup(item.name, catalogue)
     assert found is not None, "unknown names are refused before"
     entry, component = found
-    options = dict(item.options)
+    options: dict[str, object] = dict(item.options)
     shared = options.pop("shared", False)
     if not isinstance(shared, bool):
         raise InputError(f"{item.text}: shared={shared} is not a boolean. Write 'shared' or leave it out.")
@@ -163,6 +167,7 @@ def _select(item: ParsedItem, catalogue: Catalogue) -> tuple[Selection, str | No
             f"{item.text}: {entry.name} acts at one place ({entry.kind}), so it takes neither a pattern nor 'shared'. "
             f"Write {entry.name!r}."
         )
+    chosen = _take_options(entry, options, item.text)
     settings: dict[str, dict[str, object]] = {}
     for key, value in options.items():
         for target, setting, number in _assign(entry, component, key, value, item.text):
@@ -171,7 +176,25 @@ def _select(item: ParsedItem, catalogue: Catalogue) -> tuple[Selection, str | No
         target: Hyperparameter(f"{entry.name}.{target}" if len(entry.components) > 1 else entry.name, **values)  # type: ignore[arg-type]
         for target, values in settings.items()
     }
-    return Selection(entry, item.pattern, shared, overrides, item.text), component
+    return Selection(entry, item.pattern, shared, overrides, chosen, item.text), component
+
+
+def _take_options(entry: Entry, options: dict[str, object], text: str) -> dict[str, bool | int]:
+    """The entry's own options, taken out of `options`; those that are left out have their defaults."""
+    chosen: dict[str, bool | int] = {}
+    for option in entry.options:
+        value = options.pop(option.name, option.default)
+        if value is None:
+            raise InputError(
+                f"{text}: {entry.name} needs {option.name} ({option.description}). Write for example "
+                f"{entry.name}({option.name}=103)."
+            )
+        flag = isinstance(option.default, bool)
+        if isinstance(value, bool) is not flag or not isinstance(value, (int, float)) or value != int(value):
+            form = f"a flag: write {option.name} or leave it out" if flag else "a whole number"
+            raise InputError(f"{text}: {option.name}={value} is not of the right form; it is {form}.")
+        chosen[option.name] = value if isinstance(value, bool) else int(value)
+    return chosen
 
 
 def _assign(entry: Entry, component: str | None, key: str, value: object, text: str) -> list[tuple[str, str, object]]:
@@ -187,6 +210,7 @@ def _assign(entry: Entry, component: str | None, key: str, value: object, text: 
     raise InputError(
         f"{text}: {key!r} is not an option of {entry.name}, or its value is not of the right form. Options are "
         f"{', '.join(prefix + each for each in SETTINGS)}"
+        f"{''.join(f', {option.name}' for option in entry.options)}"
         f"{', shared' if entry.pattern_over == 'modules' else ''}, and ranges such as {names[-1]}=0..1"
         f"{'' if len(names) == 1 else ' (components: ' + ', '.join(names) + ')'}."
     )
@@ -195,7 +219,7 @@ def _assign(entry: Entry, component: str | None, key: str, value: object, text: 
 def _merge(first: Selection, second: Selection) -> Selection:
     """Two items about one entry at the same places, such as `cutout` and `Hyperparameter("cutout.length", ...)`."""
     twice = first.overrides.keys() & second.overrides.keys()
-    if twice or first.shared != second.shared:
-        what = f"component {', '.join(sorted(twice))}" if twice else "'shared'"
+    if twice or first.shared != second.shared or first.options != second.options:
+        what = f"component {', '.join(sorted(twice))}" if twice else "'shared' or another option"
         raise InputError(f"{first.text!r} and {second.text!r} differ on {what}. Keep one of the two.")
     return replace(first, overrides=first.overrides | second.overrides, text=f"{first.text}, {second.text}")

@@ -22,9 +22,11 @@ def load_builtin_rules() -> Registry:
         image_sites,
         input_sites,
         linear,
+        noise,
         normalization,
         pooling,
         structural,
+        token_sites,
     )
 
     return REGISTRY

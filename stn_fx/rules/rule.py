@@ -82,6 +82,9 @@ class Emitter(Protocol):
     def rate(self, node: Node, part: str = "") -> Node | None:
         """Constrained values (B,) of the hyperparameter that acts at this site; None if none does."""
 
+    def option(self, node: Node, name: str) -> Any:
+        """What was chosen of the site's catalogue entry's own options; False where no hyperparameter acts here."""
+
     @property
     def draws(self) -> Node:
         """The source of random numbers."""
