@@ -246,21 +246,40 @@ class SelfTuningModule(nn.Module):
         """``{qualified name: DeltaW}`` for one displacement (H,), dense."""
         return {name: response.dense(delta) for name, response in self.responses().items()}
 
-    def squared_norm(self, raw: Tensor | None = None) -> Tensor:
-        """``|w|^2`` over all weights with two or more axes, for weight decay.
+    def squared_norm(self, raw: Tensor | None = None, names: Iterable[str] | None = None) -> Tensor:
+        """``|w|^2`` over weights, for weight decay.
 
         Without ``raw`` a scalar, live in the base parameters; with raw (B, H) the norms (B,) of ``w0 + DeltaW_i``,
-        base detached, from the structure alone.
+        base detached, from the structure alone. ``names`` are parameters; None = those with two or more axes.
         """
-        weights = {n: p for n, p in self.model.named_parameters() if p.ndim >= 2 and p.requires_grad}
+        weights = self._weights(names)
         if raw is None:
-            return torch.stack([w.square().sum() for w in weights.values()]).sum()
+            return _total([w.square().sum() for w in weights.values()], self.hparams.raw)
         delta_BH = raw - self.hparams.raw.detach()
-        total = torch.stack([w.detach().square().sum() for w in weights.values()]).sum().expand(raw.shape[0])
+        total = _total([w.detach().square().sum() for w in weights.values()], raw).expand(raw.shape[0])
         for name, response in self.responses().items():
             if name in weights:
                 total = total + response.squared_norm_change(weights[name].detach(), delta_BH)
         return total
+
+    def absolute_norm(self, raw: Tensor | None = None, names: Iterable[str] | None = None) -> Tensor:
+        """``|w|_1``, as ``squared_norm``; with ``raw`` to first order, ``|w0|_1 + <sign(w0), DeltaW_i>``.
+
+        That is exact for weights whose sign the perturbation does not change, and keeps it a sum over the structure.
+        """
+        weights = self._weights(names)
+        if raw is None:
+            return _total([w.abs().sum() for w in weights.values()], self.hparams.raw)
+        delta_BH = raw - self.hparams.raw.detach()
+        total = _total([w.detach().abs().sum() for w in weights.values()], raw).expand(raw.shape[0])
+        for name, response in self.responses().items():
+            if name in weights:
+                total = total + response.inner_product(weights[name].detach().sign(), delta_BH)
+        return total
+
+    def _weights(self, names: Iterable[str] | None) -> dict[str, nn.Parameter]:
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return {n: p for n, p in trained.items() if p.ndim >= 2} if names is None else {n: trained[n] for n in names}
 
     @property
     def report(self) -> Report:
@@ -335,6 +354,10 @@ def _full_tangent(primal: Any, tangent: Any) -> Any:
     if not isinstance(primal, Tensor) or not primal.is_floating_point():
         return None if tangent is None else tangent
     return torch.zeros_like(primal) if tangent is None else tangent
+
+
+def _total(norms: list[Tensor], like: Tensor) -> Tensor:
+    return torch.stack(norms).sum() if norms else like.new_zeros(())
 
 
 def _split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

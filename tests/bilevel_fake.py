@@ -62,7 +62,7 @@ class FakeSelfTuningModule(nn.Module):
         self.calls.append(("respond", self.training))
         return self.model(x) + torch.einsum("boi,bi->bo", self._change(raw), x)
 
-    def squared_norm(self, raw: Tensor | None = None) -> Tensor:
+    def squared_norm(self, raw: Tensor | None = None, names: list[str] | None = None) -> Tensor:
         if raw is None:
             return self.model.weight.square().sum()
         return (self.model.weight.detach() + self._change(raw)).square().sum((1, 2))

@@ -71,7 +71,7 @@ class Text(nn.Module):
         return self.head(h.mean(1)), h, input_ids + 0
 
 
-@pytest.mark.parametrize("hparams", ["word_dropout(mask_token=99)", "span_masking(mask_token=99)"])
+@pytest.mark.parametrize("hparams", ["word_dropout(mask_token=99),dropout", "span_masking(mask_token=99),dropout"])
 def test_as_a_site(hparams):
     torch.manual_seed(0)
     x = tokens(6, 20)

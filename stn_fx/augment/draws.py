@@ -44,6 +44,17 @@ class Draws:
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         return torch.randn(tuple(shape), generator=self.generator, dtype=dtype, device=like.device)
 
+    def gamma(self, concentration: Tensor, like: Tensor, name: str) -> Tensor:
+        """Gamma variates of scale 1, one for each concentration; dtype and errors as for `uniform`."""
+        self._check_device(like, name)
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        return torch._standard_gamma(concentration.to(dtype), generator=self.generator)
+
+    def permutation(self, size: int, like: Tensor, name: str) -> Tensor:
+        """A random order of `size` things, int64, on the device of `like`; errors as for `uniform`."""
+        self._check_device(like, name)
+        return torch.randperm(size, generator=self.generator, device=like.device)
+
     def bits(self, shape: Sequence[int], like: Tensor, name: str) -> Tensor:
         """Uniform int16 numbers (16 random bits each) on the device of `like`; arguments and errors as for `uniform`.
 

@@ -19,7 +19,9 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map
 
 from stn_fx.bilevel.batch import Batch
+from stn_fx.bilevel.mixing import mix
 from stn_fx.bilevel.objective import Objective
+from stn_fx.bilevel.penalties import penalties
 from stn_fx.errors import DivergedError, InputError, StnError
 
 if TYPE_CHECKING:
@@ -31,29 +33,30 @@ def base_update(stn: "SelfTuningModule", objective: Objective, optimizer: Optimi
 
     It alone updates the running statistics of batch norms.
     """
-    output = batch.feed(stn)
     raw_BH = stn.hparams.raw.detach().expand(batch_size(stn, batch), -1)
     hyperparameters = named_values(stn, raw_BH)
-    loss = objective.training_loss(output, batch, hyperparameters)
-    if "weight_decay" in hyperparameters:
-        loss = loss + 0.5 * hyperparameters["weight_decay"].mean() * stn.squared_norm()
+    mixed = mix(stn, batch, hyperparameters)
+    output = mixed.batch.feed(stn)
+    loss = objective.training_loss(output, mixed.with_targets(output), hyperparameters)
+    loss = sum(penalties(stn, output, hyperparameters), loss)
     return apply_update(loss, optimizer, "training loss of the base pass", "base")
 
 
 def response_update(stn: "SelfTuningModule", objective: Objective, optimizer: Optimizer, batch: Batch) -> float:
     """One update of the response parameters with fresh perturbations; returns the loss of the linearized model."""
     raw_BH = stn.hparams.sample(batch_size(stn, batch), generator=stn.generator()).detach()
-    primal, tangent = batch.feed(stn.linearize, raw=raw_BH)
+    hyperparameters = named_values(stn, raw_BH)
+    mixed = mix(stn, batch, hyperparameters)
+    primal, tangent = mixed.batch.feed(stn.linearize, raw=raw_BH)
     if any(leaf.requires_grad for leaf in _tensors(primal)):
         # Backward through the jvp of norms is silently wrong then (pytorch issues 196699 and 196700).
         raise StnError(
             "The primal of the linearized pass requires a gradient, which makes gradients of the response wrong. Base "
             "parameters must enter detached: if `linearize` is your own, detach them; else this is a bug of stn_fx."
         )
-    hyperparameters = named_values(stn, raw_BH)
-    loss = objective.training_loss(_plus(primal, tangent), batch, hyperparameters)
-    if "weight_decay" in hyperparameters:
-        loss = loss + 0.5 * (hyperparameters["weight_decay"] * stn.squared_norm(raw_BH)).mean()
+    output = _plus(primal, tangent)
+    loss = objective.training_loss(output, mixed.with_targets(output), hyperparameters)
+    loss = sum(penalties(stn, output, hyperparameters, raw_BH), loss)
     return apply_update(loss, optimizer, "training loss of the linearized pass", "response")
 
 

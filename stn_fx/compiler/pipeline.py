@@ -79,9 +79,9 @@ def compile_model(
         "evaluation": _analyse(captured.evaluation, captured, state, names, registry),
     }
     parameters, effective = plan_parameters(model, analysed.values(), registry, response)
-    sites, hyperparameters = plan_sites(
-        find_sites(captured.training, model, registry), selections, analysed["training"].layouts, _image_size(captured)
-    )
+    found, layouts = find_sites(captured.training, model, registry), analysed["training"].layouts
+    weights = {name: p.ndim for name, p in model.named_parameters() if p.requires_grad}
+    sites, hyperparameters = plan_sites(found, selections, layouts, _image_size(captured), weights)
     plan = Plan(
         tuple(parameters), tuple(sites), tuple(hyperparameters), effective, (*captured.notes, *([note] if note else []))
     )

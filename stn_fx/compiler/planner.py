@@ -1,6 +1,6 @@
 """From captured graphs and the user's selections to the plan."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -157,9 +157,13 @@ def _covered(plan: ParameterPlan, through: tuple[str, ...]) -> ParameterPlan:
 
 
 def plan_sites(
-    found: list[FoundSite], selections: list[Selection], layouts: dict[Node, BatchLayout], image_size: Any
+    found: list[FoundSite],
+    selections: list[Selection],
+    layouts: dict[Node, BatchLayout],
+    image_size: Any,
+    weights: Mapping[str, int] | None = None,
 ) -> tuple[list[SitePlan], list[ResolvedHyperparameter]]:
-    """Which hyperparameter acts at which site.
+    """Which hyperparameter acts at which site; ``weights`` tells the number of axes of each trained parameter.
 
     Raises:
         UnknownHyperparameterError: a selection that matches nothing, all of them together.
@@ -172,11 +176,18 @@ def plan_sites(
     missed: list[str] = []
     for selection in selections:
         sites = [site for site in found if _selected(site, selection)]
-        if not sites and selection.entry.kind != "loss":
+        without_site = selection.entry.kind in ("loss", "mixing")
+        if not sites and not without_site:
             if selection.required:
                 missed.append(_missed(selection, found))
             continue
-        if selection.entry.kind == "loss":
+        if without_site:
+            if selection.pattern is not None and not any(selection.matches(name) for name in weights or ()):
+                missed.append(
+                    f"{selection.text!r} matches no trained parameter. Their names begin with: "
+                    f"{', '.join(sorted({name.split('.')[0] for name in weights or ()}))}."
+                )
+                continue
             for each in resolve(selection, SiteContext(image_size=image_size)):
                 hyperparameters[each.name] = each
             continue

@@ -6,8 +6,8 @@ from typing import Literal, Protocol
 
 from stn_fx.errors import InputError, UnknownHyperparameterError
 
-Kind = Literal["site", "input", "loss"]
-PatternOver = Literal["modules", "inputs"]
+Kind = Literal["site", "input", "loss", "mixing"]
+PatternOver = Literal["modules", "inputs", "weights"]
 Needs = Literal["floating", "image", "pixels", "colour", "tokens"]
 
 
@@ -109,7 +109,8 @@ class Entry:
 
     Attributes:
         name: what users write.
-        kind: where it acts: `site` (places inside the model), `input`, or `loss`.
+        kind: where it acts: `site` (places inside the model), `input`, `loss`, or `mixing` (across the examples of a
+            batch, before the model).
         components: its scalars, at least one.
         description: one line.
         source: the paper or recipe that bounds and initial values come from.

@@ -57,7 +57,7 @@ class Selection:
 
         A shared selection with a pattern is named after it (`dropout@layer4`), so that two of them stay apart.
         """
-        if self.shared and self.pattern is not None:
+        if self.pattern is not None and (self.shared or self.entry.pattern_over == "weights"):
             return f"{self.entry.full_name(component)}@{self.pattern}"
         places = self.entry.pattern_over == "modules" and not self.shared
         return self.entry.full_name(component, place if places else None)
@@ -160,8 +160,8 @@ def _select(item: ParsedItem, catalogue: Catalogue) -> tuple[Selection, str | No
     shared = options.pop("shared", False)
     if not isinstance(shared, bool):
         raise InputError(f"{item.text}: shared={shared} is not a boolean. Write 'shared' or leave it out.")
-    if entry.pattern_over == "inputs" and shared:
-        raise InputError(f"{item.text}: {entry.name} has one value for all inputs anyway. Leave 'shared' out.")
+    if entry.pattern_over in ("inputs", "weights") and shared:
+        raise InputError(f"{item.text}: {entry.name} has one value for all {entry.pattern_over} anyway. Leave it out.")
     if entry.pattern_over is None and (item.pattern is not None or shared):
         raise InputError(
             f"{item.text}: {entry.name} acts at one place ({entry.kind}), so it takes neither a pattern nor 'shared'. "

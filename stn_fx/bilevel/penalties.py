@@ -1,0 +1,62 @@
+"""Terms of the training loss that the updates add: norms of the responded weights, and the confidence penalty.
+
+Each has an own coefficient for every example. Norms come from the structure of the response (`squared_norm`), never
+from per-example weights. Shape suffixes: B examples, H hyperparameters.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from stn_fx.errors import InputError
+from stn_fx.hparams.weight_groups import weight_groups
+
+if TYPE_CHECKING:
+    from stn_fx.transform import SelfTuningModule
+
+
+def penalties(
+    stn: "SelfTuningModule", output: Any, values: Mapping[str, Tensor], raw_BH: Tensor | None = None
+) -> list[Tensor]:
+    """Means over the examples of all terms that the hyperparameters ask for.
+
+    Args:
+        stn: the wrapped model.
+        output: of the base pass, or of the linearized pass (primal + tangent).
+        values: constrained values (B,) by name.
+        raw_BH: the raw values of the linearized pass; None in the base pass, whose weights are the same for all.
+    """
+    terms = [
+        0.5 * (values[name] * stn.squared_norm(raw_BH, names)).mean()
+        for name, names in _groups(stn, "weight_decay").items()
+    ]
+    terms += [(values[name] * stn.absolute_norm(raw_BH, names)).mean() for name, names in _groups(stn, "l1").items()]
+    if "confidence_penalty" in values:
+        terms.append(-(values["confidence_penalty"] * entropy(output)).mean())
+    return terms
+
+
+def entropy(output: Any) -> Tensor:
+    """Entropy (B,) in nats of the predicted classes, from scores (B, C, ...); the mean over further axes.
+
+    Raises:
+        InputError: the output is no tensor of scores.
+    """
+    if not isinstance(output, Tensor) or output.ndim < 2:
+        raise InputError(
+            "confidence_penalty needs scores (B, C, ...) as the model's output. Leave it out, or write the term in "
+            "loss=Objective(train=...), which sees its coefficient among the hyperparameters."
+        )
+    log_p = torch.log_softmax(output, dim=1)
+    return -(log_p.exp() * log_p).sum(1).flatten(1).mean(1) if output.ndim > 2 else -(log_p.exp() * log_p).sum(1)
+
+
+def _groups(stn: "SelfTuningModule", entry: str) -> dict[str, list[str] | None]:
+    """Names of the weights by hyperparameter; None = the usual ones, where no pattern divides them."""
+    names = [each.name for each in stn.hparams.resolved if each.entry == entry]
+    if names in ([], [entry]):
+        return dict.fromkeys(names)
+    weights = {name: p.ndim for name, p in stn.model.named_parameters() if p.requires_grad}
+    return dict(weight_groups(names, weights))
