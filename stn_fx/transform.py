@@ -16,11 +16,12 @@ from stn_fx.compiler.report import Report
 from stn_fx.compiler.responses import build_responses, part_shapes, planned_shapes
 from stn_fx.compiler.signature import input_signature, module_signature, training_flags
 from stn_fx.errors import InputError, StnError
-from stn_fx.hparams import Hyperparameter, HyperparameterSpace, parse_hparams
+from stn_fx.hparams import HyperparameterSpace, Selection, parse_hparams
+from stn_fx.hparams.selection import Chosen
 from stn_fx.rules import Registry, load_builtin_rules
 from stn_fx.rules.structure import LowRank, Response
 
-HparamsArgument = str | Iterable[str | Hyperparameter] | Hyperparameter | None
+HparamsArgument = str | Iterable[str | Chosen] | Chosen | None
 
 
 def transform(
@@ -38,8 +39,8 @@ def transform(
 
     Args:
         model: any module; it is wrapped, trained in place, and never changed otherwise.
-        hparams: a comma-separated string, a list of names and ``Hyperparameter`` objects, or None for every dropout and
-            drop-path site that the model has and weight decay.
+        hparams: a comma-separated string, a list of names, ``Hyperparameter`` and ``CustomHyperparameter`` objects, or
+            None for every dropout and drop-path site that the model has and weight decay.
         example_inputs: tuple of positional or dict of keyword inputs, one batch; None = the first batch that is seen.
         batch_axis: where the batch lies in the inputs: an int, or one per input (flattened); None = by analysis.
         response: "rowwise" (the papers'), or ``LowRank(r)``.
@@ -280,6 +281,11 @@ class SelfTuningModule(nn.Module):
     def _weights(self, names: Iterable[str] | None) -> dict[str, nn.Parameter]:
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         return {n: p for n, p in trained.items() if p.ndim >= 2} if names is None else {n: trained[n] for n in names}
+
+    @property
+    def selections(self) -> list[Selection]:
+        """What was asked to be tuned, entry by entry."""
+        return self._selections
 
     @property
     def report(self) -> Report:

@@ -19,7 +19,7 @@ class FakeSelfTuningModule(nn.Module):
     def __init__(self, model: nn.Linear, hparams: str = "weight_decay", captured: bool = True) -> None:
         super().__init__()
         self.model = model
-        self._selections = parse_hparams(hparams)
+        self.selections = parse_hparams(hparams)
         self._generator = torch.Generator().manual_seed(0)
         self.calls: list[tuple[str, bool]] = []
         self._compiled: SimpleNamespace | None = None
@@ -33,7 +33,7 @@ class FakeSelfTuningModule(nn.Module):
         return self._compiled
 
     def compile_for(self, inputs: tuple[Tensor, ...]) -> None:
-        resolved = [each for selection in self._selections for each in resolve(selection)]
+        resolved = [each for selection in self.selections for each in resolve(selection)]
         weight = self.model.weight
         self.hparams = HyperparameterSpace(resolved, dtype=weight.dtype)
         self.G = nn.Parameter(torch.zeros(*weight.shape, len(resolved), dtype=weight.dtype))

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from stn_fx.bilevel.batch import Batch, split
 from stn_fx.errors import InputError
+from stn_fx.hparams import Entry
 from stn_fx.hparams.weight_groups import weight_groups
 
 if TYPE_CHECKING:
@@ -18,7 +20,11 @@ if TYPE_CHECKING:
 
 
 def penalties(
-    stn: "SelfTuningModule", output: Any, values: Mapping[str, Tensor], raw_BH: Tensor | None = None
+    stn: "SelfTuningModule",
+    output: Any,
+    values: Mapping[str, Tensor],
+    raw_BH: Tensor | None = None,
+    batch: Batch | None = None,
 ) -> list[Tensor]:
     """Means over the examples of all terms that the hyperparameters ask for.
 
@@ -27,6 +33,7 @@ def penalties(
         output: of the base pass, or of the linearized pass (primal + tangent).
         values: constrained values (B,) by name.
         raw_BH: the raw values of the linearized pass; None in the base pass, whose weights are the same for all.
+        batch: for terms of the user's own, which see the target.
     """
     terms = [
         0.5 * (values[name] * stn.squared_norm(raw_BH, names)).mean()
@@ -35,7 +42,21 @@ def penalties(
     terms += [(values[name] * stn.absolute_norm(raw_BH, names)).mean() for name, names in _groups(stn, "l1").items()]
     if "confidence_penalty" in values:
         terms.append(-(values["confidence_penalty"] * entropy(output)).mean())
-    return terms
+    own = [each.entry for each in stn.selections if each.entry.kind == "loss" and each.entry.apply is not None]
+    return terms + [_own_term(entry, output, batch, values[entry.name]) for entry in own]
+
+
+def _own_term(entry: Entry, output: Any, batch: Batch | None, value_B: Tensor) -> Tensor:
+    assert entry.apply is not None
+    assert batch is not None
+    term = entry.apply(output, split(batch.content)[1], value_B)
+    if not isinstance(term, Tensor) or term.shape not in ((), value_B.shape):
+        got = f"shape {tuple(term.shape)}" if isinstance(term, Tensor) else f"a {type(term).__name__}"
+        raise InputError(
+            f"{entry.name}: its term of the loss is {got} for {len(value_B)} examples. Return one term for each, (B,), "
+            f"or their mean, ()."
+        )
+    return term.mean()
 
 
 def entropy(output: Any) -> Tensor:

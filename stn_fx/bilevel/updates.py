@@ -37,8 +37,9 @@ def base_update(stn: "SelfTuningModule", objective: Objective, optimizer: Optimi
     hyperparameters = named_values(stn, raw_BH)
     mixed = mix(stn, batch, hyperparameters)
     output = mixed.batch.feed(stn)
-    loss = objective.training_loss(output, mixed.with_targets(output), hyperparameters)
-    loss = sum(penalties(stn, output, hyperparameters), loss)
+    batch = mixed.with_targets(output)
+    loss = objective.training_loss(output, batch, hyperparameters)
+    loss = sum(penalties(stn, output, hyperparameters, batch=batch), loss)
     return apply_update(loss, optimizer, "training loss of the base pass", "base")
 
 
@@ -55,8 +56,9 @@ def response_update(stn: "SelfTuningModule", objective: Objective, optimizer: Op
             "parameters must enter detached: if `linearize` is your own, detach them; else this is a bug of stn_fx."
         )
     output = _plus(primal, tangent)
-    loss = objective.training_loss(output, mixed.with_targets(output), hyperparameters)
-    loss = sum(penalties(stn, output, hyperparameters, raw_BH), loss)
+    batch = mixed.with_targets(output)
+    loss = objective.training_loss(output, batch, hyperparameters)
+    loss = sum(penalties(stn, output, hyperparameters, raw_BH, batch), loss)
     return apply_update(loss, optimizer, "training loss of the linearized pass", "response")
 
 

@@ -16,6 +16,7 @@ from stn_fx.compiler.insertion import Insertion
 from stn_fx.compiler.layouts import symbolic_axes
 from stn_fx.errors import InputError
 from stn_fx.hparams import CATALOGUE, Entry, Selection
+from stn_fx.rules.custom import reference
 
 
 def choose_input_sites(
@@ -28,9 +29,14 @@ def choose_input_sites(
     """
     chosen = [selection for selection in selections if selection.entry.kind == "input"]
     # Each is inserted right behind the input, so what is inserted last acts first.
-    chosen.sort(key=lambda selection: CATALOGUE.names.index(selection.entry.name), reverse=True)
+    chosen.sort(key=lambda selection: _position(selection.entry), reverse=True)
     _require_format([each.entry.name for each in chosen if each.entry.needs in ("pixels", "colour")], image_format)
     return [insertion for selection in chosen for insertion in _insertions(captured, selection, image_format)]
+
+
+def _position(entry: Entry) -> int:
+    """Place in the catalogue; those of the user's own come after all others."""
+    return CATALOGUE.names.index(entry.name) if entry.name in CATALOGUE else len(CATALOGUE)
 
 
 def _insertions(captured: CapturedGraph, selection: Selection, image_format: ImageFormat | None) -> list[Insertion]:
@@ -67,6 +73,8 @@ def _arguments(entry: Entry, node: Node, image_format: ImageFormat | None) -> tu
         check_channels(channels, [entry.name])
         image_format.check_channels(channels)
         return (entry.name, image_format.means, image_format.stds)
+    if entry.apply is not None:
+        return (reference(entry.apply),)
     return (entry.name,) if entry.name in ("rotation", "translation", "scaling", "shear", "horizontal_flip") else ()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch.fx import Node
 
 from stn_fx.compiler.capture import CapturedGraph
-from stn_fx.rules.markers import MARKERS
+from stn_fx.rules.markers import CUSTOM, MARKERS
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ def insert_sites(captured: CapturedGraph, insertions: list[Insertion]) -> None:
     for insertion in insertions:
         users = list(insertion.node.users) if insertion.users is None else list(insertion.users)
         with captured.graph.inserting_after(insertion.node):
-            marker = MARKERS[insertion.entry]
+            marker = MARKERS.get(insertion.entry, MARKERS[CUSTOM])
             site = captured.graph.call_function(marker, (insertion.node, *insertion.arguments))
         site.meta = {**insertion.node.meta, "site_name": insertion.name, "site_entry": insertion.entry}
         for user in users:

@@ -4,7 +4,7 @@ Inserted sites (DESIGN 3.11) stand where the standard recipes put them: on the b
 each activation, and before the classifier; or at the outputs of modules that the user names with a pattern.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from stn_fx.compiler.layouts import symbolic_axes
 from stn_fx.hparams import Selection
 from stn_fx.hparams.pattern import matches
 from stn_fx.rules import Registry
+from stn_fx.rules.custom import reference
 
 aten = torch.ops.aten
 
@@ -106,7 +107,10 @@ def choose_insertions(
             if any(site.entry == entry and selection.matches(site.name) for site in found):
                 continue
             if selection.pattern is not None:
-                insertions += _module_outputs(captured, model, entry, selection.pattern)
+                apply = selection.entry.apply
+                arguments = () if apply is None else (reference(apply),)
+                outputs = _module_outputs(captured, model, entry, selection.pattern)
+                insertions += [replace(each, arguments=arguments) for each in outputs]
             elif not any(site.entry == entry for site in found):
                 insertions += _recipe(captured, entry)
     return insertions

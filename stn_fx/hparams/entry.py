@@ -1,8 +1,8 @@
 """The types of the catalogue: entries, their components, and defaults that depend on the place in the model."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from stn_fx.errors import InputError, UnknownHyperparameterError
 
@@ -118,6 +118,7 @@ class Entry:
         needs: for `input` entries, what the input must be: `floating` (any), `image` (4-d), `pixels` (an image whose
             numbers have a known meaning, with 1 or 3 channels), `colour` (the same with 3), `tokens` (integers).
         options: settings that are chosen and not tuned.
+        apply: what a hyperparameter of the user's own does; see `stn_fx.hparams.custom`.
     """
 
     name: str
@@ -128,6 +129,7 @@ class Entry:
     pattern_over: PatternOver | None = None
     needs: Needs = "floating"
     options: tuple[Option, ...] = ()
+    apply: Callable[..., Any] | None = None
 
     def component(self, name: str) -> Component:
         """The component of that name; KeyError where there is none."""

@@ -14,15 +14,18 @@ a model: what a selection matches in it is decided when the model is planned.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from stn_fx.errors import InputError, UnknownHyperparameterError
 from stn_fx.hparams import pattern as patterns
 from stn_fx.hparams.catalogue import CATALOGUE
+from stn_fx.hparams.custom import CustomHyperparameter
 from stn_fx.hparams.entry import Catalogue, Entry
 from stn_fx.hparams.grammar import ParsedItem, parse_item, split_items
 from stn_fx.hparams.hyperparameter import Hyperparameter
 from stn_fx.hparams.suggestions import describe_unknown
 
+Chosen = Hyperparameter | CustomHyperparameter
 SETTINGS = ("initial", "low", "high", "scale", "discrete")
 
 
@@ -73,12 +76,13 @@ def default_selections(catalogue: Catalogue = CATALOGUE) -> list[Selection]:
 
 
 def parse_hparams(
-    hparams: str | Hyperparameter | Iterable[str | Hyperparameter] | None, catalogue: Catalogue = CATALOGUE
+    hparams: str | Chosen | Iterable[str | Chosen] | None, catalogue: Catalogue = CATALOGUE
 ) -> list[Selection]:
     """Selections in the order in which their entries are first named.
 
     Args:
-        hparams: a comma-separated string, `Hyperparameter` objects, an iterable of both, or None for the default.
+        hparams: a comma-separated string, `Hyperparameter` and `CustomHyperparameter` objects, an iterable of them, or
+            None for the default.
         catalogue: where names are looked up.
 
     Raises:
@@ -88,6 +92,9 @@ def parse_hparams(
     """
     if hparams is None:
         return default_selections(catalogue)
+    hparams = list(hparams) if isinstance(hparams, Iterable) and not isinstance(hparams, str) else hparams
+    own = [each.entry() for each in _as_list(hparams) if isinstance(each, CustomHyperparameter)] if hparams else []
+    catalogue = Catalogue([*catalogue, *own]) if own else catalogue
     items = _items(hparams)
     if not items:
         raise InputError(
@@ -108,9 +115,12 @@ def parse_hparams(
     return list(selections.values())
 
 
-def _items(hparams: str | Hyperparameter | Iterable[str | Hyperparameter]) -> list[ParsedItem]:
-    if isinstance(hparams, (str, Hyperparameter)):
-        hparams = [hparams]
+def _as_list(hparams: Any) -> Any:
+    return [hparams] if isinstance(hparams, (str, Hyperparameter, CustomHyperparameter)) else hparams
+
+
+def _items(hparams: str | Chosen | Iterable[str | Chosen]) -> list[ParsedItem]:
+    hparams = _as_list(hparams)
     if not isinstance(hparams, Iterable):
         raise InputError(
             f"hparams is a {type(hparams).__name__}; pass a string such as 'dropout,cutout', or a list of strings and "
@@ -122,6 +132,8 @@ def _items(hparams: str | Hyperparameter | Iterable[str | Hyperparameter]) -> li
             items += [parse_item(text) for text in split_items(part)]
         elif isinstance(part, Hyperparameter):
             items.append(_item_of_object(part))
+        elif isinstance(part, CustomHyperparameter):
+            items.append(ParsedItem(part.name, part.at, {}, part.name))
         else:
             raise InputError(f"hparams contains {part!r}, which is neither a string nor a Hyperparameter.")
     return items

@@ -15,6 +15,7 @@ def load_builtin_rules() -> Registry:
     from stn_fx.rules import (  # noqa: F401  (imported for registration)
         attention,
         convolution,
+        custom,
         drop_path,
         dropout,
         elementwise,

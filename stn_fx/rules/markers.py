@@ -13,6 +13,10 @@ MARKERS: dict[str, Marker] = {}
 """Catalogue entry -> what is inserted for it."""
 
 
+CUSTOM = "the user's own"
+"""Key of the marker for entries of the user's own."""
+
+
 def marks(*entries: str) -> Callable[[Marker], Marker]:
     """Decorator: insert this function for these catalogue entries."""
 
