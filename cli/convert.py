@@ -12,11 +12,11 @@ from rich.table import Table
 import stn_fx
 from stn_fx.compiler.emit import emit
 from stn_fx.compiler.proof import Proof, prove
-from stn_fx.errors import InputError, StnError
+from stn_fx.errors import StnError
 from stn_fx.example_input import example_input
 from stn_fx.model_reference import load_model
 
-from .options import parse_arguments, parse_image_format, parse_response
+from .options import parse_arguments, parse_image_format, parse_response, parse_shape
 
 
 def convert(
@@ -77,7 +77,7 @@ def convert(
     """
     console = Console()
     structure, arguments = parse_response(response), parse_arguments(model_arg or [])
-    shape = None if input_shape is None else _parse_shape(input_shape)
+    shape = None if input_shape is None else parse_shape(input_shape)
     torch.manual_seed(seed)
     loaded = load_model(model, arguments=arguments)
     example = example_input(loaded.model, shape, vars(loaded.namespace) if loaded.namespace else {}, batch_axis or 0)
@@ -101,15 +101,6 @@ def convert(
     if not proof.passed:
         raise StnError(f"{written.module} does not compute what the compiled model does. Please report this as a bug.")
     console.print(f"Proven: largest difference {proof.difference:.1g}", style="green")
-
-
-def _parse_shape(text: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in text.replace("x", ",").split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise InputError(
-            f"--input-shape {text!r} is not a list of sizes, as 3,32,32 (of one example, without the batch)."
-        )
-    return tuple(int(part) for part in parts)
 
 
 def _identifier(name: str) -> str:

@@ -4,6 +4,7 @@ import typer
 
 from .convert import convert
 from .errors import reports_errors
+from .hparams import hparams
 from .tune import tune
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ def _application() -> None:
     """Tunes the regularization hyperparameters of any unmodified PyTorch model, while it trains, in one run."""
 
 
+app.command()(reports_errors(hparams))
 app.command()(reports_errors(convert))
 app.command()(reports_errors(tune))
 

@@ -55,6 +55,16 @@ def parse_image_format(text: str) -> ImageFormat:
     return ImageFormat(mean, std)
 
 
+def parse_shape(text: str) -> tuple[int, ...]:
+    """Sizes of one example, separated by commas or x."""
+    parts = [part.strip() for part in text.replace("x", ",").split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise InputError(
+            f"--input-shape {text!r} is not a list of sizes, as 3,32,32 (of one example, without the batch)."
+        )
+    return tuple(int(part) for part in parts)
+
+
 def parse_device(text: str) -> torch.device:
     """A torch device that is there; `auto` is a GPU where there is one, else the CPU."""
     if text == "auto":

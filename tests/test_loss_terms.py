@@ -83,6 +83,18 @@ def test_groups_that_match_nothing_and_optimizers_with_weight_decay_are_refused(
         stn_fx.DeltaSTN(stn, base_optimizer=torch.optim.AdamW(stn.base_parameters()))
 
 
+def test_the_report_says_what_each_pattern_matched():
+    report = wrapped("dropout@0, weight_decay@3, weight_decay@5.bias, rotation@input").report
+    matched = {row.text: row.matched for row in report.matches}
+    assert matched == {
+        "dropout@0": ("0",),
+        "weight_decay@3": ("3.weight",),
+        "weight_decay@5.bias": ("5.bias",),
+        "rotation@input": ("input",),
+    }
+    assert "weight_decay@3 matched 3.weight" in str(report)
+
+
 @pytest.mark.parametrize("hparams", ["mixup", "cutmix", "mixup,cutmix,label_smoothing,l1,confidence_penalty"])
 def test_a_run_with_all_of_them(hparams):
     stn = wrapped(hparams)

@@ -66,7 +66,7 @@ def compile_model(
         raise InputError(
             f"Every parameter of {type(model).__name__} is frozen (requires_grad=False). Unfreeze those to be trained."
         )
-    captured, note = _capture_with_batch_axis(model, args, kwargs, batch_axis)
+    captured, note = capture_with_batch_axis(model, args, kwargs, batch_axis)
     state = state_tensors(model, captured)
     names = canonical_names(model)
     found = find_sites(captured.training, model, registry)
@@ -133,10 +133,13 @@ def _infer_missing_values(graph: CapturedGraph) -> None:
         node.meta["val"] = node.target(*arguments, **options)
 
 
-def _capture_with_batch_axis(
+def capture_with_batch_axis(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch_axis: BatchAxis
 ) -> tuple[CapturedModel, str]:
-    """Capture with the batch axis that the caller names, else with the first of 0 and 1 that the probe confirms."""
+    """Capture with the batch axis that the caller names, else with the first of 0 and 1 that the probe confirms.
+
+    The second value is a note for the report, empty where there is nothing to say.
+    """
     register_dataclasses((args, kwargs))
     flat = pytree.tree_leaves((args, kwargs))
     if not any(isinstance(value, Tensor) and value.ndim for value in flat):
