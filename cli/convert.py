@@ -1,59 +1,44 @@
 """`stn-fx convert`: report on a model, write its hyper-conditioned forward as a Python module, and prove it."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-import stn_fx
 from stn_fx.compiler.emit import emit
 from stn_fx.compiler.proof import Proof, prove
 from stn_fx.errors import StnError
-from stn_fx.example_input import example_input
-from stn_fx.model_reference import load_model
 
-from .options import parse_arguments, parse_image_format, parse_response, parse_shape
+from .report import (
+    STDOUT,
+    BatchAxisOption,
+    HparamsOption,
+    ImageFormatOption,
+    InputShapeOption,
+    JsonOption,
+    ModelArgOption,
+    ModelArgument,
+    ResponseOption,
+    SeedOption,
+    compile_and_report,
+)
 
 
 def convert(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="file.py, file.py:NAME, torchvision:NAME, or timm:NAME (see below).")
-    ],
-    hparams: Annotated[
-        str | None,
-        typer.Option(
-            help="What to tune, separated by commas; options in parentheses, places after @. "
-            "Else every dropout and drop path that the model has, and weight decay."
-        ),
-    ] = None,
-    input_shape: Annotated[
-        str | None,
-        typer.Option(metavar="SIZES", help="Shape of one example, as 3,32,32; else deduced from the model."),
-    ] = None,
-    image_format: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MEAN/STD", help="Normalisation of images, as 0.5/0.25 or 0.49,0.48,0.45/0.25; colour needs it."
-        ),
-    ] = None,
-    response: Annotated[str, typer.Option(help="How weights respond: rowwise, or lowrank:RANK (cheaper).")] = "rowwise",
-    batch_axis: Annotated[
-        int | None, typer.Option(min=0, help="Axis of the inputs that holds the batch; else found by analysis.")
-    ] = None,
-    model_arg: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Argument of the model's factory; repeatable.")
-    ] = None,
+    model: ModelArgument,
+    hparams: HparamsOption = None,
+    input_shape: InputShapeOption = None,
+    image_format: ImageFormatOption = None,
+    response: ResponseOption = "rowwise",
+    batch_axis: BatchAxisOption = None,
+    model_arg: ModelArgOption = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The Python module to write; else MODEL_stn.py here.")
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Also write the whole report as JSON.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the model's and the response's initial values.")] = 0,
+    json_file: JsonOption = None,
+    seed: SeedOption = 0,
 ) -> None:
     """Show what stn_fx does with a model, and write the code that it runs.
 
@@ -75,22 +60,11 @@ def convert(
     A file may declare a batch as [cyan]example_inputs[/cyan], a tuple of tensors, a dict of keyword inputs, or a
     function that returns one. Else the model's own configuration or its first layer tells the shape.
     """
-    console = Console()
-    structure, arguments = parse_response(response), parse_arguments(model_arg or [])
-    shape = None if input_shape is None else parse_shape(input_shape)
-    torch.manual_seed(seed)
-    loaded = load_model(model, arguments=arguments)
-    example = example_input(loaded.model, shape, vars(loaded.namespace) if loaded.namespace else {}, batch_axis or 0)
-    console.print(f"Input: {example.description}", highlight=False)
-    stn = stn_fx.transform(
-        loaded.model, hparams, example.inputs, batch_axis=batch_axis, response=structure, seed=seed,
-        image_format=None if image_format is None else parse_image_format(image_format),
-    )  # fmt: skip
-    report = stn.report
-    console.print(report)
-    if json_file is not None:
-        json_file.write_text(json.dumps(report.to_dict(), indent=2))
-        console.print(f"\nReport: {json_file}")
+    # With the report as JSON on the output, everything else goes to the error output.
+    console = Console(stderr=json_file == STDOUT)
+    loaded, stn = compile_and_report(
+        console, model, hparams, input_shape, image_format, response, batch_axis, model_arg, json_file, seed
+    )
     written = emit(stn.compiled, stn, out or Path(f"{_identifier(loaded.name)}_stn.py"))
     console.print(f"\nCode: {written.module}\nTensors: {written.tensors}", highlight=False)
     with console.status("proving it in a fresh process"):

@@ -7,16 +7,18 @@ from typing import ParamSpec, TypeVar
 import typer
 from rich.console import Console
 
+from stn_fx.bilevel.interruption import Terminated
 from stn_fx.errors import StnError
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
+TERMINATED = 143  # and for SIGTERM
 
 
 def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """Wrap a command: a `StnError` is printed and exits with 1, Ctrl-C exits with 130, anything else passes."""
+    """Wrap a command: a `StnError` exits with 1 and one message, Ctrl-C with 130, SIGTERM with 143; else it passes."""
 
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -27,6 +29,6 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
             Console(stderr=True).print("Interrupted. What was written so far stays.", style="yellow")
-            raise typer.Exit(INTERRUPTED) from error
+            raise typer.Exit(TERMINATED if isinstance(error, Terminated) else INTERRUPTED) from error
 
     return wrapped

@@ -14,6 +14,7 @@ from stn_fx.hparams import CATALOGUE, Component
 from stn_fx.model_reference import load_model
 
 from .options import parse_arguments, parse_shape
+from .report import BatchAxisOption, InputShapeOption, ModelArgOption
 
 MANY_PLACES = 6
 
@@ -25,16 +26,9 @@ def hparams(
             metavar="[MODEL]", help="file.py, file.py:NAME, torchvision:NAME, or timm:NAME; else the catalogue."
         ),
     ] = None,
-    input_shape: Annotated[
-        str | None,
-        typer.Option(metavar="SIZES", help="Shape of one example, as 3,32,32; else deduced from the model."),
-    ] = None,
-    batch_axis: Annotated[
-        int | None, typer.Option(min=0, help="Axis of the inputs that holds the batch; else found by analysis.")
-    ] = None,
-    model_arg: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Argument of the model's factory; repeatable.")
-    ] = None,
+    input_shape: InputShapeOption = None,
+    batch_axis: BatchAxisOption = None,
+    model_arg: ModelArgOption = None,
 ) -> None:
     """List what can be tuned: bounds, start values and sources; with a model, at which of its places.
 

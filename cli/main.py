@@ -5,6 +5,9 @@ import typer
 from .convert import convert
 from .errors import reports_errors
 from .hparams import hparams
+from .inspect import inspect
+from .replay import replay
+from .show import plot, report
 from .tune import tune
 
 app = typer.Typer(
@@ -23,8 +26,12 @@ def _application() -> None:
 
 
 app.command()(reports_errors(hparams))
+app.command()(reports_errors(inspect))
 app.command()(reports_errors(convert))
 app.command()(reports_errors(tune))
+app.command()(reports_errors(plot))
+app.command()(reports_errors(report))
+app.command()(reports_errors(replay))
 
 if __name__ == "__main__":
     app()

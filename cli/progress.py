@@ -26,7 +26,7 @@ class LiveProgress(Callback):
         self.inner = 0
 
     def fit_started(self, trainer: BilevelTrainer, epochs: int, result: FitResult) -> None:
-        self.task = self.progress.add_task("", total=epochs)
+        self.task = self.progress.add_task("", total=epochs, completed=len(result.history))
         self.epochs = epochs
         if self.console.is_terminal:
             self.live.start()
@@ -58,16 +58,18 @@ class LiveProgress(Callback):
         inner = "-" if self.loss is None else f"{self.loss:.4f}"
         valid = f"{result.history[-1].valid_loss:.4f}" if result.history else "-"
         best = f"{result.best.valid_loss:.4f} (epoch {result.best.epoch})" if result.best else "-"
-        return f"inner loss {inner}   validation loss {valid}   best {best}"
+        skipped = f"   not finite, skipped: {result.skipped}" if result.skipped else ""
+        return f"inner loss {inner}   validation loss {valid}   best {best}{skipped}"
 
 
 def epoch_line(title: str, record: EpochRecord, epochs: int, result: FitResult) -> str:
     """One line for a log: epoch, losses, hyperparameters."""
     values = " ".join(f"{name}={value:.3g}" for name, value in list(result.values.items())[:MAX_ROWS])
     moving = f"  {values}" if result.history[-1].response_loss is not None else ""
+    skipped = f"  not finite, skipped: {record.skipped}" if record.skipped else ""
     return (
         f"{title}  epoch {record.epoch}/{epochs}  inner loss {record.train_loss:.4f}  "
-        f"validation loss {record.valid_loss:.4f}{moving}"
+        f"validation loss {record.valid_loss:.4f}{skipped}{moving}"
     )
 
 

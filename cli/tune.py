@@ -1,26 +1,25 @@
 """`stn-fx tune`: train a model on images and tune its hyperparameters, then compare with the start values."""
 
 import time
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from torch import nn
-from torch.optim import RMSprop
 
-from stn_fx.bilevel import RunFolder
-from stn_fx.bilevel.comparison import Recipe
+from stn_fx.bilevel import Checkpoint, RunFolder
+from stn_fx.bilevel.checkpoint_file import checkpoints_in
 from stn_fx.bilevel.image_task import ImageTask
-from stn_fx.bilevel.schedules import cosine
 from stn_fx.bilevel.steps import ENTROPY_WEIGHT
 from stn_fx.data import Splits, load_images, split_images
+from stn_fx.errors import InputError
 from stn_fx.model_reference import input_channels, load_model
 
-from .options import DEFAULT_LR, OPTIMIZERS, OptimizerName, ScheduleName, parse_arguments, parse_device, parse_response
+from .options import OptimizerName, ScheduleName, parse_arguments, parse_device, parse_response
 from .progress import LiveProgress
 from .tables import comparison_table
+from .tune_options import TuneOptions
 
 SMALL_PIXELS = 16
 ENLARGED_PIXELS = 32
@@ -29,9 +28,11 @@ TRAINING, TUNING, OUTPUT = "Training", "Tuning", "Output"
 
 
 def tune(
+    context: typer.Context,
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="torchvision:NAME, timm:NAME, file.py, or file.py:NAME (see below).")
-    ],
+        str | None,
+        typer.Argument(metavar="MODEL", help="torchvision:NAME, timm:NAME, file.py, or file.py:NAME (see below)."),
+    ] = None,
     hparams: Annotated[
         str, typer.Option(help="What to tune, separated by commas; options in parentheses, places after @.")
     ] = "dropout,cutout,weight_decay",
@@ -102,6 +103,14 @@ def tune(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", rich_help_panel=OUTPUT, help="Replace a run there.")
     ] = False,
+    save_every: Annotated[
+        int | None,
+        typer.Option(min=1, rich_help_panel=OUTPUT, help="Save after so many updates too, not just every epoch."),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", rich_help_panel=OUTPUT, help="Take up an interrupted run, from its folder alone."),
+    ] = None,
     compare: Annotated[
         bool, typer.Option(rich_help_panel=OUTPUT, help="Also train at the start values, for the final table.")
     ] = True,
@@ -124,6 +133,9 @@ def tune(
       [cyan]stn-fx tune torchvision:resnet18 --hparams "dropout@layer4(initial=0.5), cutout(length=2..16)"[/cyan]
       dropout in one part of the model from a start value, cutout between bounds
 
+      [cyan]stn-fx tune --resume runs/resnet18-digits-20260101-120000[/cyan]
+      goes on where an interrupted or killed run was saved last, with the same results as if it had not been
+
     [bold]Hyperparameters[/bold]
 
     See [cyan]stn-fx hparams[/cyan]. Learning rates cannot be tuned this way.
@@ -131,48 +143,80 @@ def tune(
     [bold]What is left[/bold]
 
     A run folder with values.json, schedule.csv and .json, history.csv and .json, schedule.png, and model.pt (the
-    weights at the lowest validation loss, under the model's own keys). Ctrl-C keeps what there is.
+    weights at the lowest validation loss, under the model's own keys). Ctrl-C and SIGTERM save before they end the run.
     """
     console = Console()
-    lr = DEFAULT_LR[optimizer] if lr is None else lr
-    recipe = Recipe(
-        epochs=epochs,
-        warmup_epochs=warmup,
-        train_steps=train_steps,
-        valid_steps=valid_steps,
-        options={
-            "base_optimizer": partial(OPTIMIZERS[optimizer], lr=lr),
-            "response_optimizer": partial(OPTIMIZERS[optimizer], lr=lr if response_lr is None else response_lr),
-            "hyper_optimizer": partial(RMSprop, lr=hyper_lr),
-            "scale_optimizer": partial(RMSprop, lr=hyper_lr),
-            "entropy_weight": entropy_weight,
-        },
-        schedule=cosine if schedule is ScheduleName.COSINE else None,
-    )
-    place, structure, arguments = parse_device(device), parse_response(response), parse_arguments(model_arg or [])
-    splits = _splits(console, data, image_size, valid_fraction, examples, split_seed)
-    loaded = load_model(model, len(splits.classes), splits.train.channels, arguments)
-    splits = _with_channels(console, splits, input_channels(loaded.model))
-
-    def build() -> nn.Module:
-        return load_model(model, len(splits.classes), splits.train.channels, arguments).model
-
-    task = ImageTask(build, splits, hparams, structure, batch_size, place)
-    folder = RunFolder(out or _default_folder(loaded.name, data), overwrite)
+    if resume is not None:
+        _require_nothing_beside_resume(context)
+        options, folder = TuneOptions.read(resume), RunFolder(resume, overwrite=True)
+    else:
+        if model is None:
+            raise InputError("Name a MODEL to tune, as torchvision:resnet18, or give --resume RUN.")
+        options = TuneOptions.of(context.params)
+        folder = RunFolder(out or _default_folder(model, data), overwrite)
+        options.write(folder.path)
+    task, recipe = image_task(console, options), options.recipe()
     console.print(f"Run folder: {folder.path}")
-    tuned = task.tuned(recipe, seed, [LiveProgress(console, "tuned"), folder])
-    fixed = task.fixed(recipe, seed, [LiveProgress(console, "fixed")]) if compare else None
-    console.print(comparison_table(tuned, fixed, epochs))
+
+    def saved(name: str) -> Checkpoint:
+        place = folder.path / "checkpoints" / name
+        return Checkpoint(place, every_steps=options.save_every, overwrite=overwrite)
+
+    def place_to_resume(checkpoint: Checkpoint) -> Path | None:
+        return checkpoint.folder if resume is not None and checkpoints_in(checkpoint.folder) else None
+
+    try:
+        checkpoint = saved("tuned")
+        callbacks = [LiveProgress(console, "tuned"), folder, checkpoint]
+        tuned = task.tuned(recipe, options.seed, callbacks, place_to_resume(checkpoint))
+        fixed = None
+        if options.compare:
+            checkpoint = saved("fixed")
+            callbacks = [LiveProgress(console, "fixed"), checkpoint]
+            fixed = task.fixed(recipe, options.seed, callbacks, place_to_resume(checkpoint))
+    except KeyboardInterrupt:
+        console.print(f"To go on: stn-fx tune --resume {folder.path}", soft_wrap=True)
+        raise
+    console.print(comparison_table(tuned, fixed, options.epochs))
     console.print(f"Values, schedule, picture and weights: {folder.path}")
 
 
-def _splits(
-    console: Console, data: str, side: int | None, valid_fraction: float, examples: int | None, seed: int
-) -> Splits:
+def image_task(console: Console, options: TuneOptions) -> ImageTask:
+    """The task that options describe; reads the data, and says what was done to them."""
+    place, structure = parse_device(options.device), parse_response(options.response)
+    arguments = parse_arguments(options.model_arg)
+    splits = _splits(console, options)
+    loaded = load_model(options.model, len(splits.classes), splits.train.channels, arguments)
+    splits = _with_channels(console, splits, input_channels(loaded.model))
+
+    def build() -> nn.Module:
+        return load_model(options.model, len(splits.classes), splits.train.channels, arguments).model
+
+    return ImageTask(build, splits, options.hparams, structure, options.batch_size, place)
+
+
+def _require_nothing_beside_resume(context: typer.Context) -> None:
+    """A resumed run has the options that it began with: others beside them would be ignored, or break it."""
+    given = [
+        name
+        for name in context.params
+        if name != "resume" and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    ]
+    if given:
+        raise InputError(
+            f"--resume takes every option from the run folder, and beside it was given: {', '.join(given)}. Leave that "
+            f"out, or begin a new run."
+        )
+
+
+def _splits(console: Console, options: TuneOptions) -> Splits:
     """Read and split the images; says what was read and what was done to it."""
-    source = load_images(data, side)
+    side = options.image_size
+    source = load_images(options.data, side)
     console.print(f"Data: {source.description}")
-    splits = split_images(source.train, source.test, source.classes, valid_fraction, examples, seed)
+    splits = split_images(
+        source.train, source.test, source.classes, options.valid_fraction, options.examples, options.split_seed
+    )
     parts = (len(splits.train), len(splits.valid), len(splits.test))
     console.print("Split: {:,} for training, {:,} for validation, {:,} for test".format(*parts))
     if side is None and min(splits.train.size) < SMALL_PIXELS:

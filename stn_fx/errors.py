@@ -11,7 +11,14 @@ class StnError(Exception):
 
 
 class CaptureError(StnError):
-    """The model cannot be captured as a graph. React: change the forward that the message names, or the inputs."""
+    """The model cannot be captured as a graph. React: change the forward that the message names, or the inputs.
+
+    ``module`` is the qualified name of the submodule that is at fault; "" where that is unknown or the model itself.
+    """
+
+    def __init__(self, message: str, module: str = "") -> None:
+        super().__init__(message)
+        self.module = module
 
 
 class BatchLayoutError(StnError):

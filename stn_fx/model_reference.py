@@ -129,7 +129,7 @@ def _execute(path: Path) -> ModuleType:
     sys.path.insert(0, str(path.parent.resolve()))
     try:
         spec.loader.exec_module(namespace)
-    except Exception as error:  # the user's file may raise anything
+    except (Exception, SystemExit) as error:  # the user's file may raise anything
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         where = f" line {lines[-1]}:" if lines else ""
         raise InputError(f"{path} cannot be imported:{where} {type(error).__name__}: {error}") from error

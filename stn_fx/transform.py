@@ -1,6 +1,6 @@
 """The facade: ``transform`` compiles a module into a ``SelfTuningModule``."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from stn_fx.augment.draws import Draws
 from stn_fx.augment.image_format import ImageFormat
+from stn_fx.compiler.casts import ambient_autocast, without_autocast
 from stn_fx.compiler.finalize import Finalized, write_rates
 from stn_fx.compiler.pipeline import BatchAxis, CompiledModel, compile_model, state_tensors
 from stn_fx.compiler.report import Report
@@ -20,6 +21,7 @@ from stn_fx.hparams import HyperparameterSpace, Selection, parse_hparams
 from stn_fx.hparams.selection import Chosen
 from stn_fx.rules import Registry, load_builtin_rules
 from stn_fx.rules.structure import LowRank, Response
+from stn_fx.rules.tangent import differentiable
 
 HparamsArgument = str | Iterable[str | Chosen] | Chosen | None
 
@@ -111,7 +113,7 @@ class SelfTuningModule(nn.Module):
         else:
             self._build_parameters(compiled)
         axes = compiled.captured.batch_axes
-        signature = (input_signature(args, kwargs, axes), module_signature(self.model))
+        signature = (input_signature(args, kwargs, axes), self._surroundings())
         self._captures.insert(0, _Capture(compiled, signature, compiled.captured.training_flags))
         self._example = tree_detached((args, kwargs))
         return compiled
@@ -181,7 +183,8 @@ class SelfTuningModule(nn.Module):
         compiled, inputs = self._prepare(args, kwargs)
         batch = compiled.captured.batch_size(inputs)
         values = self.hparams.constrain(self.hparams.raw.detach().unsqueeze(0)).expand(batch, -1)
-        outputs = compiled.base(self._state(compiled), {}, values, None, self._draws(), *inputs)
+        with without_autocast(self.model):
+            outputs = compiled.base(self._state(compiled), {}, values, None, self._draws(), *inputs)
         return compiled.captured.training.unflatten(outputs)
 
     def linearize(self, *args: Any, raw: Tensor | None = None, **kwargs: Any) -> tuple[Any, Any]:
@@ -196,7 +199,8 @@ class SelfTuningModule(nn.Module):
         captured = compiled.captured.training if self.training else compiled.captured.evaluation
         state = {name: tensor.detach() for name, tensor in self._state(compiled).items()}
         values = self.hparams.constrain(raw_BH.detach())
-        primals, tangents = graph(state, self._response(), values, delta_BH, self._draws(), *inputs)
+        with without_autocast(self.model):
+            primals, tangents = graph(state, self._response(), values, delta_BH, self._draws(), *inputs)
         if any(isinstance(p, Tensor) and p.requires_grad for p in primals):
             raise StnError(
                 "The primal of the linearized pass requires grad, so its tangent's gradient would be wrong. Detach the "
@@ -212,8 +216,31 @@ class SelfTuningModule(nn.Module):
         """
         compiled, inputs = self._prepare(args, kwargs)
         _, delta_BH = self._displacement(raw, compiled.captured.batch_size(inputs))
-        outputs = compiled.response(self._state(compiled), self._response(), None, delta_BH, None, *inputs)
+        with without_autocast(self.model):
+            outputs = compiled.response(self._state(compiled), self._response(), None, delta_BH, None, *inputs)
         return compiled.captured.evaluation.unflatten(outputs)
+
+    def respond_in_training(
+        self, *args: Any, raw: Tensor, base: Mapping[str, Tensor] | None = None, **kwargs: Any
+    ) -> Any:
+        """Response pass on the training graph: ``f(x; w0 + DeltaW(raw_i - current))`` with dropout and augmentation.
+
+        For variants that learn the response without linearization. The base parameters are detached and running
+        statistics stay untouched; with ``base``, parameters by name to use instead, it is the pass that trains the
+        model, and updates running statistics.
+        """
+        compiled, inputs = self._prepare(args, kwargs)
+        raw_BH, delta_BH = self._displacement(raw, compiled.captured.batch_size(inputs))
+        buffers = dict(self.model.named_buffers(remove_duplicate=False))
+        state = self._state(compiled)
+        if base is None:
+            state = {name: t.clone() if name in buffers else t.detach() for name, t in state.items()}
+        else:
+            state |= base
+        values = self.hparams.constrain(raw_BH.detach())
+        with without_autocast(self.model):
+            outputs = compiled.response_training(state, self._response(), values, delta_BH, self._draws(), *inputs)
+        return compiled.captured.training.unflatten(outputs)
 
     def _displacement(self, raw: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
         raw_BH = self.hparams.raw.unsqueeze(0).expand(batch, -1) if raw is None else raw
@@ -253,14 +280,13 @@ class SelfTuningModule(nn.Module):
         Without ``raw`` a scalar, live in the base parameters; with raw (B, H) the norms (B,) of ``w0 + DeltaW_i``,
         base detached, from the structure alone. ``names`` are parameters; None = those with two or more axes.
         """
-        weights = self._weights(names)
+        weights = self.penalized(names)
         if raw is None:
             return _total([w.square().sum() for w in weights.values()], self.hparams.raw)
         delta_BH = raw - self.hparams.raw.detach()
         total = _total([w.detach().square().sum() for w in weights.values()], raw).expand(raw.shape[0])
-        for name, response in self.responses().items():
-            if name in weights:
-                total = total + response.squared_norm_change(weights[name].detach(), delta_BH)
+        for name, response in self._responses_of_parameters(weights):
+            total = total + response.squared_norm_change(weights[name].detach(), delta_BH)
         return total
 
     def absolute_norm(self, raw: Tensor | None = None, names: Iterable[str] | None = None) -> Tensor:
@@ -268,17 +294,25 @@ class SelfTuningModule(nn.Module):
 
         That is exact for weights whose sign the perturbation does not change, and keeps it a sum over the structure.
         """
-        weights = self._weights(names)
+        weights = self.penalized(names)
         if raw is None:
             return _total([w.abs().sum() for w in weights.values()], self.hparams.raw)
         delta_BH = raw - self.hparams.raw.detach()
         total = _total([w.detach().abs().sum() for w in weights.values()], raw).expand(raw.shape[0])
-        for name, response in self.responses().items():
-            if name in weights:
-                total = total + response.inner_product(weights[name].detach().sign(), delta_BH)
+        for name, response in self._responses_of_parameters(weights):
+            total = total + response.inner_product(weights[name].detach().sign(), delta_BH)
         return total
 
-    def _weights(self, names: Iterable[str] | None) -> dict[str, nn.Parameter]:
+    def _responses_of_parameters(self, names: Container[str]) -> Iterator[tuple[str, Response]]:
+        """The responses of these parameters, without those of effective weights.
+
+        An effective weight may bear its parameter's name, but its response is no change of that parameter.
+        """
+        effective = {plan.name for plan in self.compiled.plan.parameters if plan.is_effective}
+        return ((n, each) for n, each in self.responses().items() if n in names and n not in effective)
+
+    def penalized(self, names: Iterable[str] | None = None) -> dict[str, nn.Parameter]:
+        """The trained parameters of these names; None = those with two or more axes, as the norms take them."""
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         return {n: p for n, p in trained.items() if p.ndim >= 2} if names is None else {n: trained[n] for n in names}
 
@@ -323,13 +357,17 @@ class SelfTuningModule(nn.Module):
             for part, parameter in module.named_parameters()
         }
 
+    def _surroundings(self) -> Any:
+        """What else than the inputs a capture holds for."""
+        return module_signature(self.model), ambient_autocast(self.model)
+
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[CompiledModel, list[Any]]:
         """The compiled model that fits these inputs, captured anew where none does, and the flattened inputs."""
         flat, _ = pytree.tree_flatten((args, kwargs))
-        module = module_signature(self.model)
+        surroundings = self._surroundings()
         flags = training_flags(self.model) if self.training else None
         for index, capture in enumerate(self._captures):
-            fits = capture.signature == (input_signature(args, kwargs, capture.batch_axes), module)
+            fits = capture.signature == (input_signature(args, kwargs, capture.batch_axes), surroundings)
             if fits and flags in (None, capture.training_flags):
                 if index:
                     self._captures.insert(0, self._captures.pop(index))
@@ -357,7 +395,7 @@ def tree_detached(tree: Any) -> Any:
 
 
 def _full_tangent(primal: Any, tangent: Any) -> Any:
-    if not isinstance(primal, Tensor) or not primal.is_floating_point():
+    if not differentiable(primal):
         return None if tangent is None else tangent
     return torch.zeros_like(primal) if tangent is None else tangent
 

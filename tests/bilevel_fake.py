@@ -39,7 +39,7 @@ class FakeSelfTuningModule(nn.Module):
         self.G = nn.Parameter(torch.zeros(*weight.shape, len(resolved), dtype=weight.dtype))
         self._compiled = SimpleNamespace(captured=SimpleNamespace(batch_axes=(0,)))
 
-    def generator(self) -> torch.Generator:
+    def generator(self, device: str | None = None) -> torch.Generator:
         return self._generator
 
     def base_parameters(self) -> Iterator[nn.Parameter]:

@@ -40,6 +40,10 @@ class Subject:
     response: Any = "rowwise"
     batch_axis: int = 0
     name_axis: bool = False
+    input_axes: tuple[int, ...] | None = None
+    """Where the examples lie in each input, where that is not `batch_axis` for all."""
+    output_axes: tuple[int, ...] | None = None
+    """The same for each floating output."""
     shared: tuple[str, ...] = ()
     """Keyword inputs that are the same for every example."""
     captured_batch: int = 3
@@ -47,6 +51,8 @@ class Subject:
     """Response parameters whose gradient is zero for a reason (a key bias under softmax); patterns."""
     plain: Callable[[nn.Module], nn.Module] | None = None
     """The same function with computed weights as plain parameters; None = `as_plain_layers`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """More arguments of `stn_fx.transform`."""
     model: nn.Module = field(init=False)
     twin: nn.Module = field(init=False)
     stn: Any = field(init=False)
@@ -56,7 +62,8 @@ class Subject:
         torch.manual_seed(0)
         self.model = randomised(self.build())
         self.modes = [module.training for module in self.model.modules()]
-        options = {"batch_axis": self.batch_axis} if self.name_axis else {}
+        axes = {"batch_axis": self.input_axes or self.batch_axis} if self.name_axis else {}
+        options: dict[str, Any] = {**self.options, **axes}
         if self.shared:
             example = self.inputs(self.captured_batch)
             options["batch_axis"] = [None if name in self.shared else self.batch_axis for name in example]
@@ -96,16 +103,19 @@ class Subject:
         """The batch that holds example i alone."""
         if isinstance(inputs, dict):
             return {k: v if k in self.shared else self._row(v, i) for k, v in inputs.items()}
-        return tuple(self._row(v, i) for v in inputs)
+        return self._row(inputs, i, self.input_axes)  # type: ignore[no-any-return]
 
-    def _row(self, value: Any, i: int) -> Any:
-        def narrow(v: Any) -> Any:
-            return v.narrow(self.batch_axis, i, 1) if isinstance(v, Tensor) and v.ndim > self.batch_axis else v
-
-        return pytree.tree_map(narrow, value)
+    def _row(self, value: Any, i: int, axes: tuple[int, ...] | None = None) -> Any:
+        flat, spec = pytree.tree_flatten(value)
+        axes = axes or (self.batch_axis,) * len(flat)
+        narrowed = [
+            v.narrow(axis, i, 1) if isinstance(v, Tensor) and v.ndim > axis else v
+            for v, axis in zip(flat, axes, strict=True)
+        ]
+        return pytree.tree_unflatten(narrowed, spec)
 
     def row(self, output: Any, i: int) -> list[Tensor]:
-        return leaves(self._row(output, i))
+        return self._row(leaves(output), i, self.output_axes)  # type: ignore[no-any-return]
 
     # ---- judges
 
@@ -114,8 +124,7 @@ class Subject:
         response = {name: change.detach() for name, change in self.stn.weight_response(delta_H).items()}
         owner = {id(p): name for name, p in self.twin.named_parameters()}
         assert response.keys() <= set(owner.values()), "a response of something that the judge does not have"
-        aliases = self.twin.named_parameters(remove_duplicate=False)
-        return {name: response[owner[id(p)]] for name, p in aliases if owner[id(p)] in response}
+        return {name: response[owner[id(p)]] for name, p in _places(self.twin) if owner[id(p)] in response}
 
     def base_weights(self, model: nn.Module, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
         parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -162,6 +171,30 @@ def assert_unchanged(subject: Subject, batch: int) -> None:
         if name in statistics and buffer.is_floating_point():
             assert_close([buffer], [statistics[name]], f"{name} after the base pass")
     subject.model.load_state_dict(state)
+
+
+def assert_base_gradients(subject: Subject, batch: int) -> None:
+    """Gradients of the user's parameters in the base pass, with all rates at zero, are those of the user's own pass."""
+    inputs = subject.inputs(batch)
+    state = {name: value.clone() for name, value in subject.model.state_dict().items()}
+    judge = without_randomness(subject.model, subject.modes, keeps_statistics=True)
+    with rates_off(subject.stn):
+        subject.train()
+        ours = _gradients(_loss(subject.call(subject.stn, inputs)), subject.model)
+        subject.stn.eval()
+    theirs = _gradients(_loss(subject.call(judge, inputs)), judge)
+    for name, gradient in theirs.items():
+        scale = max(gradient.norm().item(), 1e-3)
+        error = (ours[name] - gradient).norm().item() / scale
+        assert error < 1e-9, f"gradient of {name} in the base pass: relative error {error:.1e}"
+    subject.model.load_state_dict(state)
+
+
+def _gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
+    loss.backward()  # reentrant checkpoints refuse torch.autograd.grad
+    found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    model.zero_grad()
+    return found
 
 
 def assert_response_pass(subject: Subject, batch: int) -> None:
@@ -299,6 +332,12 @@ EVERY_ORACLE = (assert_unchanged, assert_response_pass, assert_linearized_pass, 
 # ---- helpers
 
 
+def _places(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every place of every parameter by one name; `functional_call` damages a module that it is given by two."""
+    for path, module in model.named_modules():
+        yield from module.named_parameters(path, recurse=False, remove_duplicate=False)
+
+
 def leaves(output: Any) -> list[Tensor]:
     """The floating tensors of a nested output."""
     return [v for v in pytree.tree_leaves(output) if isinstance(v, Tensor) and v.is_floating_point()]
@@ -398,6 +437,17 @@ class rates_off:
     def __exit__(self, *_: object) -> None:
         with torch.no_grad():
             self.stn.hparams.raw.copy_(self.kept)
+
+
+def fingerprint(model: nn.Module) -> Any:
+    """Everything about a module that a wrapper could disturb."""
+    state = {name: (value.dtype, value.numpy().tobytes()) for name, value in model.state_dict().items()}
+    modules = [
+        (name, type(m), m.training, sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks))
+        for name, m in model.named_modules()
+    ]
+    parameters = [(name, id(p), p.requires_grad, p.grad is None) for name, p in model.named_parameters()]
+    return copy.deepcopy((state, modules, parameters, torch.backends.mha.get_fastpath_enabled()))
 
 
 def conditioned_share(stn: Any) -> float:

@@ -153,12 +153,26 @@ case(
 )
 case("a reshaped weight", lambda: Fn(lambda m, x: F.linear(x, m.w.flatten(1)), w=torch.rand(4, 5, 1)), noise(5), LINEAR)
 TRIANGLE = torch.ones(4, 5, dtype=torch.float64).tril()
+for name, masked in {
+    "times a mask": lambda w: w * TRIANGLE,
+    "a mask times it": lambda w: TRIANGLE * w,
+    "filled with zeros": lambda w: w.masked_fill(TRIANGLE == 0, 0.0),
+    "scaled": lambda w: (w / 3.0) * 2.0,
+    "transposed, masked": lambda w: (w.t() * TRIANGLE.t()).t(),
+}.items():
+    case(
+        f"a weight {name}",
+        lambda masked=masked: Fn(lambda m, x: F.linear(x, masked(m.w)), w=torch.rand(4, 5)),
+        noise(5),
+        LINEAR,
+        structures=("row-wise",),
+    )
 case(
-    "a masked weight",
-    lambda: Fn(lambda m, x: F.linear(x, m.w * TRIANGLE), w=torch.rand(4, 5)),
+    "a weight times another",
+    lambda: Fn(lambda m, x: F.linear(x, m.w * m.v), w=torch.rand(4, 5), v=torch.rand(4, 5)),
     noise(5),
-    plain=lambda m: Fn(lambda m, x: F.linear(x, m.weight), weight=m.w.detach() * TRIANGLE),
     structures=("effective",),
+    plain=lambda m: Fn(lambda m, x: F.linear(x, m.weight), weight=m.w.detach() * m.v.detach()),
 )
 
 # ---- convolutions
@@ -600,6 +614,7 @@ case("SDPA", qkv_attention(), noise(5, 8), ATTENTION)
 case("SDPA, causal", qkv_attention(is_causal=True), noise(5, 8), ATTENTION)
 case("SDPA, scale", qkv_attention(scale=0.3), noise(5, 8), ATTENTION)
 case("SDPA, float mask", qkv_attention(attn_mask=MASK), noise(5, 8), ATTENTION)
+case("SDPA, a row that is masked whole", qkv_attention(attn_mask=torch.ones(5, 5).tril(-1) > 0), noise(5, 8), ATTENTION)
 case("SDPA, bool mask", qkv_attention(attn_mask=MASK > 0.2), noise(5, 8), ATTENTION)
 
 
@@ -932,6 +947,129 @@ def recurrent(m: nn.Module, x: Tensor) -> Tensor:
 case("LSTM cell", lambda: Fn(recurrent, cell=nn.LSTMCell(3, 4), head=nn.Linear(4, 2)), noise(3, 3))
 case("GRU cell", lambda: Fn(recurrent, cell=nn.GRUCell(3, 4), head=nn.Linear(4, 2)), noise(3, 3))
 case("RNN cell", lambda: Fn(recurrent, cell=nn.RNNCell(3, 4), head=nn.Linear(4, 2)), noise(3, 3))
+case(
+    "recurrent cells without bias",
+    lambda: Fn(
+        lambda m, x: m.head(m.f(x[:, 0], m.g(x[:, 1], m.h(x[:, 2])))),
+        f=nn.GRUCell(3, 4, bias=False),
+        g=nn.RNNCell(3, 4, bias=False, nonlinearity="relu"),
+        h=nn.Linear(3, 4),
+        head=nn.Linear(4, 2),
+    ),
+    noise(3, 3),
+)
+
+# ---- recurrent networks
+
+RECURRENT = "RecurrentRule"
+
+
+def network(kind: type[nn.RNNBase], **options: Any) -> Callable[[], nn.Module]:
+    """A recurrent network of 3 features and 4 cells, and a layer on its output."""
+    width = (2 if options.get("bidirectional") else 1) * (options.get("proj_size") or 4)
+    return lambda: Fn(lambda m, x: m.head(m.net(x)[0]), net=kind(3, 4, **options), head=nn.Linear(width, 2))
+
+
+def with_state(length: int, layers: int, *widths: int) -> Callable[[int], tuple[Any, ...]]:
+    """Sequence-first batches (T, B, 3) with an initial state, (L, B, width) for each width."""
+
+    def inputs(batch: int) -> tuple[Any, ...]:
+        states = tuple(noise(layers, width)(batch)[0].transpose(0, 1).contiguous() for width in widths)
+        return (*sequence_first(length, 3)(batch), states if len(states) > 1 else states[0])
+
+    return inputs
+
+
+case(
+    "LSTM, layers in both directions",
+    network(nn.LSTM, num_layers=2, bidirectional=True, dropout=0.2, batch_first=True),
+    noise(4, 3),
+    RECURRENT,
+    hparams=SITES,
+)
+case("LSTM, sequence first, T == B", network(nn.LSTM, num_layers=2), sequence_first(5, 3), RECURRENT, batch_axis=1)
+case(
+    "LSTM with a projection, dropout at p = 0",
+    network(nn.LSTM, num_layers=2, proj_size=2, batch_first=True),
+    noise(4, 3),
+    RECURRENT,
+    hparams=SITES,
+)
+case("LSTM without bias", network(nn.LSTM, bias=False, batch_first=True), noise(4, 3), RECURRENT)
+case(
+    "LSTM with a given state, L == T == B",
+    lambda: Fn(lambda m, x, state: m.net(m.first(x), state), first=nn.Linear(3, 3), net=nn.LSTM(3, 4, 5)),
+    with_state(5, 5, 4, 4),
+    RECURRENT,
+    batch_axis=1,
+)
+case(
+    "GRU, layers in both directions",
+    network(nn.GRU, num_layers=2, bidirectional=True, dropout=0.2),
+    sequence_first(4, 3),
+    RECURRENT,
+    hparams=SITES,
+    batch_axis=1,
+    name_axis=True,
+)
+case(
+    "GRU without bias, with a given state",
+    lambda: Fn(lambda m, x, state: m.net(m.first(x), state), first=nn.Linear(3, 3), net=nn.GRU(3, 4, 2, bias=False)),
+    with_state(3, 2, 4),
+    RECURRENT,
+    batch_axis=1,
+)
+case("RNN, tanh", network(nn.RNN, num_layers=2, batch_first=True), noise(4, 3), RECURRENT)
+case("RNN, relu", network(nn.RNN, nonlinearity="relu", bidirectional=True, batch_first=True), noise(4, 3), RECURRENT)
+case(
+    "a learned initial state",
+    lambda: Fn(
+        lambda m, x: m.net(x, m.start.expand(-1, x.shape[0], -1).contiguous())[0],
+        net=nn.GRU(3, 4, 2, batch_first=True),
+        start=torch.rand(2, 1, 4),
+    ),
+    noise(4, 3),
+    RECURRENT,
+)
+case(
+    "a recurrent network over the words of several sentences",
+    lambda: Fn(
+        lambda m, x: m.head(m.net(x.flatten(0, 1))[1][0][-1].unflatten(0, (-1, 3)).sum(1)),
+        net=nn.LSTM(3, 4, 2, batch_first=True),
+        head=nn.Linear(4, 2),
+    ),
+    noise(3, 4, 3),
+    RECURRENT,
+)
+case(
+    "a recurrent network called as a function",
+    lambda: Fn(
+        lambda m, x: torch.lstm(
+            x, (x.new_zeros(1, x.shape[0], 4),) * 2, [m.a, m.b], False, 1, 0.0, m.training, False, True
+        )[0],
+        a=torch.rand(16, 3),
+        b=torch.rand(16, 4),
+    ),
+    noise(3, 3),
+    RECURRENT,
+)
+case(
+    "a recurrent network over parameters alone",
+    lambda: Fn(lambda m, x: x * m.net(m.start)[0], net=nn.LSTM(3, 4, batch_first=True), start=torch.rand(1, 5, 3)),
+    noise(5, 4),
+    RECURRENT,
+    structures=("exact",),
+)
+case(
+    "recurrent weights with another use",
+    lambda: Fn(
+        lambda m, x: m.net(x)[0] * m.net.weight_hh_l0.sum() + x * m.net.weight_ih_l0.sum(),
+        net=nn.LSTM(1, 4, batch_first=True),
+    ),
+    noise(4, 1),
+    RECURRENT,
+    structures=("exact",),
+)
 
 
 def in_place(m: nn.Module, x: Tensor) -> Tensor:
@@ -953,6 +1091,22 @@ def partly_without_grad(m: nn.Module, x: Tensor) -> Tensor:
 
 
 case("no_grad region", lambda: Fn(partly_without_grad, f=nn.Linear(5, 4)), noise(5))
+
+
+class Branch(nn.Module):
+    """Looks at values, so that it cannot be captured; nothing in it could respond."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.tanh() if x.sum() > -1e9 else x
+
+
+case(
+    "opaque leaf",
+    seq(nn.Linear(5, 4), Branch(), nn.Dropout(0.2), nn.Linear(4, 3)),
+    noise(5),
+    "OpaqueRule",
+    hparams=SITES,
+)
 
 
 @dataclass

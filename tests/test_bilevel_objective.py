@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stn_fx.bilevel.batch import Batch, cycle, split
+from stn_fx.bilevel.batch import Batch, split
 from stn_fx.bilevel.label_smoothing import soft_targets
 from stn_fx.bilevel.objective import Objective, as_objective
 from stn_fx.errors import InputError
@@ -33,13 +33,6 @@ def test_batches_without_a_clear_target_are_refused_with_the_general_form(conten
 def test_keyword_inputs_reach_the_model_as_keywords():
     batch = as_objective(F.cross_entropy).batch(UserDict({"x": torch.ones(2), "labels": TARGET}), CPU)
     assert batch.feed(lambda x, extra: (x.sum().item(), extra), extra=5) == (2.0, 5)
-
-
-def test_cycle_starts_anew_and_refuses_an_empty_loader():
-    batches = cycle([1, 2])
-    assert [next(batches) for _ in range(5)] == [1, 2, 1, 2, 1]
-    with pytest.raises(InputError, match="empty"):
-        next(cycle([]))
 
 
 def per_example_cross_entropy(output, target):

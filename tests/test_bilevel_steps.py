@@ -7,7 +7,8 @@ from bilevel_fake import FakeSelfTuningModule, classification_batches
 from torch import nn
 from torch.optim import SGD, AdamW, RMSprop
 
-from stn_fx.bilevel import DeltaSTN, FixedHyperparameters, Objective
+import stn_fx
+from stn_fx.bilevel import DeltaSTN, FixedHyperparameters, Objective, UpdateOptions
 from stn_fx.errors import DivergedError, InputError, StnError
 
 
@@ -96,12 +97,12 @@ def test_weight_decay_acts_per_example_on_the_perturbed_weights():
     stn = make()
     with torch.no_grad():
         stn.G.normal_()
-    generator_state = stn.generator().get_state()
     still = partial(SGD, lr=0.0)
     steps = DeltaSTN(stn, lambda output, target: 0 * output.sum(1), base_optimizer=still, response_optimizer=still)
+    generator = torch.Generator()
+    generator.set_state(steps.perturbations.get_state())
     actual = steps.inner_step(BATCH).response_loss
-    stn.generator().set_state(generator_state)
-    raw_BH = stn.hparams.sample(len(BATCH[0]), stn.generator()).detach()
+    raw_BH = stn.hparams.sample(len(BATCH[0]), generator).detach()
     expected = sum(
         0.5 * stn.hparams.constrain(raw)[0] * (stn.model.weight + stn.G @ (raw - stn.hparams.raw)).square().sum()
         for raw in raw_BH
@@ -168,10 +169,40 @@ def test_nothing_is_applied_when_a_loss_is_not_finite(bad):
     stn = make()
     steps = DeltaSTN(stn, lambda output, target: F.cross_entropy(output, target) * bad)
     before = groups(stn)
-    for step in (steps.inner_step, steps.outer_step):
-        with pytest.raises(DivergedError, match="not applied"):
-            step(BATCH)
+    assert len(steps.inner_step(BATCH).skipped) == 2
+    assert f"validation loss of the response pass is {bad}" in steps.outer_step(BATCH).skipped[0]
     assert not changed(before, groups(stn))
+    assert not steps.healthy
+
+
+def test_too_many_skipped_updates_in_a_row_stop_with_a_diagnosis():
+    stn = make()
+    factor = [float("nan")]
+    steps = DeltaSTN(
+        stn, lambda output, target: F.cross_entropy(output, target) * factor[0], updates=UpdateOptions(skip_limit=2)
+    )
+    for _ in range(2):
+        steps.inner_step(BATCH)
+    factor[0] = 1.0  # one that is applied begins the count anew
+    assert not steps.inner_step(BATCH).skipped
+    assert steps.healthy
+    factor[0] = float("nan")
+    for _ in range(2):
+        steps.inner_step(BATCH)
+    with pytest.raises(DivergedError, match=r"base pass is nan.* 3 in a row .* learning rate of the base optimizer"):
+        steps.inner_step(BATCH)
+
+
+def test_statistics_of_norms_are_put_back_when_an_update_is_skipped():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    stn = stn_fx.transform(model, "weight_decay", (torch.randn(4, 8),))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    steps = DeltaSTN(stn)
+    assert steps.inner_step((torch.full((4, 8), float("nan")), torch.zeros(4, dtype=torch.long))).skipped
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    steps.inner_step((torch.randn(4, 8), torch.zeros(4, dtype=torch.long)))
+    assert not torch.equal(model[1].running_mean, before["1.running_mean"])
 
 
 def test_nothing_is_applied_when_a_gradient_is_not_finite():
@@ -179,9 +210,54 @@ def test_nothing_is_applied_when_a_gradient_is_not_finite():
     # The derivative of sqrt is infinite at zero, where its value is finite.
     steps = DeltaSTN(stn, lambda output, target: torch.sqrt(0 * output.square().sum(1)))
     before = groups(stn)
-    with pytest.raises(DivergedError, match="gradient"):
-        steps.inner_step(BATCH)
+    assert "gradient" in steps.inner_step(BATCH).skipped[0]
     assert not changed(before, groups(stn))
+
+
+@pytest.mark.parametrize("base_lr", [0.1, 0.0])
+def test_gradients_of_several_batches_are_averaged_into_one_update(base_lr):
+    batches = classification_batches(0)[:2]
+    options = {"base_optimizer": partial(SGD, lr=base_lr), "response_optimizer": partial(SGD, lr=0.1)}
+    one, two = make(), make()
+    DeltaSTN(one, **options).inner_step([torch.cat(each) for each in zip(*batches, strict=True)])
+    steps = DeltaSTN(two, **options, updates=UpdateOptions(accumulate=2))
+    before = groups(two)
+    steps.inner_step(batches[0])
+    assert not changed(before, groups(two))
+    steps.inner_step(batches[1])
+    torch.testing.assert_close(two.model.weight, one.model.weight)
+    if not base_lr:  # else the first batch's linearized pass is before the update of the base, not after it
+        torch.testing.assert_close(two.G, one.G)
+
+
+def test_an_accumulated_update_with_one_bad_loss_is_skipped_as_a_whole():
+    stn = make()
+    steps = DeltaSTN(stn, updates=UpdateOptions(accumulate=2))
+    before = groups(stn)
+    bad = (BATCH[0] * float("nan"), BATCH[1])
+    records = [steps.inner_step(batch) for batch in (bad, BATCH)]
+    assert not changed(before, groups(stn))
+    assert records[1].skipped
+    for _ in range(2):
+        steps.inner_step(BATCH)
+    assert changed(before, groups(stn)) == {"base", "response"}
+
+
+def test_gradients_are_clipped_by_their_norm():
+    stn = make()
+    weights = torch.cat([p.detach().flatten() for p in stn.model.parameters()])
+    options = UpdateOptions(clip_norm=1e-3)
+    DeltaSTN(stn, base_optimizer=partial(SGD, lr=1.0), updates=options).inner_step(BATCH)
+    moved = torch.cat([p.detach().flatten() for p in stn.model.parameters()]) - weights
+    assert moved.norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options", [{"accumulate": 0}, {"clip_norm": 0.0}, {"skip_limit": -1}, {"autocast": torch.float16}]
+)
+def test_update_options_out_of_range_are_refused(options):
+    with pytest.raises(InputError, match=next(iter(options))):
+        UpdateOptions(**options)
 
 
 def test_a_loss_that_does_not_depend_on_the_output_is_refused():
@@ -214,3 +290,23 @@ def test_the_entropy_term_widens_the_scales():
     before = stn.hparams.scales().detach()
     DeltaSTN(stn, entropy_weight=1.0).outer_step(BATCH)
     assert (stn.hparams.scales() > before).all()
+
+
+def test_bfloat16_autocast_gives_nearly_the_same_gradients():
+    def gradients(dtype):
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(144, 3)]
+        model, x, y = nn.Sequential(*layers), torch.randn(8, 1, 8, 8), torch.arange(8) % 3
+        stn = stn_fx.transform(model, "dropout,weight_decay", (x,), seed=0)
+        steps = DeltaSTN(stn, updates=UpdateOptions(autocast=dtype))
+        for _ in range(3):
+            steps.inner_step((x, y))
+        steps.outer_step((x, y))
+        groups = {"base": stn.base_parameters(), "response": stn.response_parameters(), "hyper": [stn.hparams.raw]}
+        assert all(p.dtype == torch.float32 for p in stn.parameters())
+        return {role: torch.cat([p.grad.flatten() for p in each]) for role, each in groups.items()}
+
+    full, lowered = gradients(None), gradients(torch.bfloat16)
+    for role in full:
+        assert not torch.equal(full[role], lowered[role])
+        assert torch.cosine_similarity(full[role], lowered[role], dim=0) > 0.99

@@ -9,13 +9,17 @@ from torch.optim.lr_scheduler import StepLR
 from stn_fx.bilevel import (
     BilevelTrainer,
     Callback,
+    Checkpoint,
     DeltaSTN,
+    EpochRecord,
+    FitResult,
     FixedHyperparameters,
     KeepBest,
     LearningRateSchedule,
+    UpdateOptions,
     evaluate,
 )
-from stn_fx.errors import InputError
+from stn_fx.errors import DivergedError, InputError
 
 TRAIN, VALID = classification_batches(0), classification_batches(1, examples=40)
 NAMES = ("weight_decay", "label_smoothing")
@@ -222,3 +226,80 @@ def test_warm_up_is_a_tenth_of_the_epochs(epochs, expected):
     result = make_trainer().fit(epochs, train_steps=1)
     first = next((point.epoch for point in result.schedule if point.outer_step), None)
     assert first == expected + 1
+
+
+class NotFinite(Callback):
+    """Makes the training batches from one step on not finite."""
+
+    def __init__(self, first, last):
+        self.first, self.last = first, last
+
+    def fit_started(self, trainer, epochs, result):
+        trainer.train = [(x.clone(), y) for x, y in TRAIN]
+        self.clean = [x.clone() for x, _ in TRAIN]
+
+    def safe_point(self, trainer, point):
+        bad = self.first <= point.inner_step + 1 <= self.last
+        for (x, _), clean in zip(trainer.train, self.clean, strict=True):
+            x.copy_(clean * float("nan") if bad else clean)
+
+
+def fit_with_bad_batches(first, last, *callbacks, **options):
+    trainer = make_trainer(updates=UpdateOptions(**options))
+    bad = NotFinite(first, last)
+    bad.fit_started(trainer, 0, None)
+    bad.fit_started = lambda *arguments: None
+    return trainer, lambda: trainer.fit(3, warmup_epochs=1, callbacks=[bad, *callbacks])
+
+
+def test_updates_that_are_not_finite_are_skipped_and_counted():
+    trainer, fit = fit_with_bad_batches(6, 7)
+    result = fit()
+    assert [record.skipped for record in result.history] == [0, 4, 0]  # base and response of two steps
+    assert result.skipped == 4
+    assert all(math.isfinite(record.train_loss) for record in result.history)
+    assert all(parameter.isfinite().all() for parameter in trainer.stn.parameters())
+
+
+def test_repeated_ones_stop_the_run_and_the_last_good_checkpoint_stays(tmp_path):
+    _, fit = fit_with_bad_batches(6, 99, Checkpoint(tmp_path, every_steps=1), skip_limit=3)
+    with pytest.raises(DivergedError, match="4 in a row") as error:
+        fit()
+    for expected in (
+        "The last batch holds numbers that are not finite",
+        "Weights that are not finite: none",
+        "base 0.01",
+    ):
+        assert expected in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir())[-1] == "step-0000000005.pt"
+
+
+def test_accumulated_gradients_survive_a_checkpoint(tmp_path):
+    class Stop(Callback):
+        def safe_point(self, trainer, point):
+            if point.inner_step == 5:
+                raise ZeroDivisionError
+
+    def trainer():
+        return make_trainer(updates=UpdateOptions(accumulate=2))
+
+    whole, resumed = trainer(), trainer()
+    schedule = LearningRateSchedule
+    expected = whole.fit(4, train_steps=1, callbacks=[schedule()])
+    assert expected.history[-1].outer_step == 6
+    with pytest.raises(ZeroDivisionError):
+        trainer().fit(4, train_steps=1, callbacks=[schedule(), Checkpoint(tmp_path, every_steps=1), Stop()])
+    result = resumed.fit(4, train_steps=1, callbacks=[schedule()], resume_from=tmp_path)
+    assert result.schedule == expected.schedule
+    assert torch.equal(resumed.stn.model.weight, whole.stn.model.weight)
+
+
+def test_an_epoch_whose_validation_loss_is_not_finite_is_never_the_best():
+    def record(epoch, loss):
+        return EpochRecord(epoch, 1, 0, 1.0, None, loss, None, 0.0)
+
+    history = [record(1, math.nan), record(2, 0.5), record(3, math.nan)]
+    trainer, keep = make_trainer(), KeepBest()
+    for each in history:
+        keep.epoch_ended(trainer, each, None)
+    assert FitResult(history=history).best.epoch == keep.record.epoch == 2

@@ -1,5 +1,9 @@
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -32,6 +36,11 @@ def model(tmp_path):
 
 def run(*arguments):
     return CliRunner().invoke(app, ["tune", *map(str, arguments)])
+
+
+def environment():
+    """Of a subprocess that imports what this one does."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 def plain(text):
@@ -111,6 +120,66 @@ def test_ctrl_c_exits_cleanly_and_leaves_what_was_written(model, tmp_path, monke
     assert result.exit_code == 130
     assert "Interrupted" in result.stderr
     assert json.loads((out / "values.json").read_text())["interrupted"]
+
+
+def without_times(folder):
+    files = {name: json.loads((folder / name).read_text()) for name in ("schedule.json", "history.json", "values.json")}
+    for row in [*files["history.json"], files["values.json"]["best_epoch"]]:
+        row.pop("seconds")
+    files["values.json"].pop("resumed_at")
+    return files, torch.load(folder / "model.pt", weights_only=True)
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_from_its_folder_alone_with_the_same_results(model, tmp_path):
+    arguments = [model, *QUICK, "--save-every", "2"]
+    assert run(*arguments, "--out", tmp_path / "whole").exit_code == 0
+    kill = f"""
+import os, signal
+from stn_fx_cli.main import app
+from stn_fx_cli.progress import LiveProgress
+
+def ended(self, trainer, epoch, record):
+    self.inner += 1
+    if self.inner == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+LiveProgress.inner_step_ended = ended
+app(["tune", *{list(map(str, arguments))}, "--out", {str(tmp_path / "part")!r}])
+"""
+    killed = subprocess.run([sys.executable, "-W", "ignore", "-c", kill], env=environment(), capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "part" / "checkpoints" / "fixed").exists()
+    result = run("--resume", tmp_path / "part")
+    assert result.exit_code == 0, result.output
+    assert "start values" in result.output
+    (files, weights), (expected, expected_weights) = map(without_times, (tmp_path / "part", tmp_path / "whole"))
+    assert files == expected
+    assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)
+
+
+def test_a_run_is_drawn_reported_and_replayed(model, tmp_path):
+    out = tmp_path / "run"
+    assert run(model, "--hparams", "dropout,cutout,weight_decay", *QUICK, "--no-compare", "--out", out).exit_code == 0
+    for command in (["plot", out, "--out", tmp_path / "a.svg"], ["report", out], ["replay", out]):
+        result = CliRunner().invoke(app, list(map(str, command)))
+        assert result.exit_code == 0, result.output
+    assert (tmp_path / "a.svg").read_text().startswith("<?xml")
+    assert "dropout.2" in (out / "report.html").read_text()
+    text = plain(result.output)
+    for expected in ("schedule epoch 2/2", "final epoch 2/2", "start epoch 2/2", "from scratch"):
+        assert expected in text
+    missing = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert missing.exit_code == 1
+    assert "holds no run" in plain(missing.stderr)
+
+
+def test_resume_says_what_does_not_fit(model, tmp_path):
+    assert "holds no run" in plain(run("--resume", tmp_path).stderr)
+    result = run(model, "--resume", tmp_path, "--epochs", "3")
+    assert result.exit_code == 1
+    assert "beside it was given: epochs, model" in plain(result.stderr)
+    assert "Name a MODEL" in plain(run().stderr)
 
 
 def test_help_teaches():

@@ -116,3 +116,17 @@ def test_results_of_the_wrong_form():
         stn_fx.DeltaSTN(stn).inner_step((x, torch.zeros(5, dtype=torch.int64)))
     with pytest.raises(InputError, match="already"):
         wrapped([stn_fx.CustomHyperparameter("dropout", lambda x, v, d: x, "input", 0.5)])
+
+
+def test_the_perturbed_network_is_augmented_as_the_base_pass_is(example):
+    """With a response of zero both are the model in training mode at the same random numbers."""
+    stn, x = wrapped([*example.HPARAMS, "gaussian_noise", "rotation", "cutout"])
+    raw = stn.hparams.raw.detach()
+    with torch.no_grad():
+        for parameter in stn.response_parameters():
+            parameter.zero_()
+    stn.generator().manual_seed(3)
+    base = stn(x)
+    stn.generator().manual_seed(3)
+    torch.testing.assert_close(stn.respond_in_training(x, raw=raw), base)
+    assert not torch.allclose(base, stn.model(x))

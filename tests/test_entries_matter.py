@@ -4,6 +4,8 @@ A linear model under squared loss, so that training at fixed hyperparameters is 
 copies of the training set, solved exactly; its Monte Carlo error is known from independent repetitions.
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from torch import nn
 
 import stn_fx
 from stn_fx.bilevel import Objective
+from stn_fx.bilevel.apply import Updater
 from stn_fx.bilevel.updates import response_update
 
 SIDE, TRAIN, VALID, COPIES, REPETITIONS, STEP = 5, 300, 2000, 50, 5, 0.4
@@ -108,10 +111,12 @@ def test_the_response_predicts_what_retraining_gives(entry):
 
     objective = Objective(train=squared_error)
     optimizer = torch.optim.Adam(stn.response_parameters(), lr=RATE)
+    updater = Updater([optimizer], "response")
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     batch = objective.batch((x.repeat(16, 1, 1, 1), y.repeat(16)), torch.device("cpu"))
     for _ in range(STEPS):
-        response_update(stn, objective, optimizer, batch)
+        raw_BH = stn.hparams.sample(len(batch.inputs[0]), generator=stn.generator()).detach()
+        response_update(stn, objective, updater, batch, raw_BH, nullcontext())
         schedule.step()
     loss = F.mse_loss(stn.respond(x_valid)[0], y_valid)
     predicted = torch.autograd.grad(loss, stn.hparams.raw)[0].item()

@@ -8,6 +8,7 @@ from torch import nn
 import stn_fx
 from stn_fx.augment import Draws
 from stn_fx.augment.mixing import draw_cutmix, draw_mixup
+from stn_fx.bilevel import STN, Objective, WithoutLinearization
 from stn_fx.bilevel.batch import Batch
 from stn_fx.bilevel.mixing import mix
 from stn_fx.bilevel.penalties import entropy, penalties
@@ -152,3 +153,48 @@ def test_the_loss_receives_mixed_soft_targets():
     assert mix(stn, named, {"mixup": torch.ones(5)}).with_targets(None).content["labels"].shape == (5,)
     with pytest.raises(InputError, match="cutmix needs an image"):
         mix(stn, Batch((), (X[:, 0],)), {"cutmix": torch.ones(5)})
+
+
+def test_the_joint_loss_of_stn_has_the_gradient_of_the_norms_in_base_and_response():
+    stn = wrapped("weight_decay,weight_decay@0,weight_decay@5.bias,l1@3")
+    steps = STN(stn, Objective(train=lambda output, content, values: 0.0 * output.sum(1)))
+    with torch.no_grad():
+        stn.hparams.raw.add_(0.01)
+    raw_BH = (stn.hparams.raw + 1e-3 * torch.randn(5, len(stn.hparams), dtype=torch.float64)).detach()
+    batch = steps.prepare((X, torch.zeros(5).long()))
+    trained = [*stn.base_parameters(), *stn.response_parameters()]
+    actual = torch.autograd.grad(steps._loss(batch, raw_BH), trained, allow_unused=True, materialize_grads=True)
+
+    values = named_values(stn, raw_BH)
+    centre_H = torch.tensor([each.raw_initial() for each in stn.hparams.resolved], dtype=torch.float64)
+    moved = stn.weight_response(stn.hparams.raw.detach() - centre_H)
+    w = {n: p + moved[n] - moved[n].detach() for n, p in stn.model.named_parameters()}
+    groups = {
+        name: members
+        for entry in ("weight_decay", "l1")
+        for name, members in weight_groups(
+            [n for n in stn.hparams.names if n.startswith(entry)], {n: p.ndim for n, p in stn.model.named_parameters()}
+        ).items()
+    }
+    expected = torch.zeros((), dtype=torch.float64)
+    for i in range(5):
+        change = stn.weight_response(raw_BH[i] - stn.hparams.raw.detach())
+        for name, members in groups.items():
+            for dense in (w[member] + change[member] for member in members):
+                norm = dense.abs().sum() if name.startswith("l1") else 0.5 * dense.square().sum()
+                expected = expected + values[name][i] * norm / 5
+    torch.testing.assert_close(
+        actual, torch.autograd.grad(expected, trained, allow_unused=True, materialize_grads=True)
+    )
+
+
+@pytest.mark.parametrize("algorithm", ["perturbed", "stn"])
+def test_variants_mix_and_penalize(algorithm):
+    stn = wrapped("mixup,cutmix,label_smoothing,l1,confidence_penalty,weight_decay@0,gaussian_noise")
+    steps = STN(stn) if algorithm == "stn" else stn_fx.DeltaSTN(stn, response_step=WithoutLinearization())
+    before = stn.hparams.raw.detach().clone()
+    batch = (X, torch.tensor([0, 1, 2, 0, 1]))
+    for _ in range(3):
+        assert not steps.inner_step(batch).skipped
+        steps.outer_step(batch)
+    assert (stn.hparams.raw != before).all()

@@ -1,6 +1,5 @@
 """The oracles of DESIGN section 6 on whole models, for both response structures and batches of 1, 2 and 5 examples."""
 
-import copy
 from functools import cache
 from typing import Any
 
@@ -16,6 +15,7 @@ from oracles import (
     assert_training_graph,
     assert_unchanged,
     conditioned_share,
+    fingerprint,
     unconditioned,
 )
 from torch import nn
@@ -133,14 +133,3 @@ def test_a_failing_transform_leaves_the_model_as_it_was() -> None:
         stn_fx.transform(model, "dropout", (torch.randn(3, 4, generator=torch.Generator().manual_seed(0)),))
     assert fingerprint(model) == before
     assert torch.equal(torch.get_rng_state(), generator)
-
-
-def fingerprint(model: nn.Module) -> Any:
-    """Everything about a module that a wrapper could disturb."""
-    state = {name: (value.dtype, value.numpy().tobytes()) for name, value in model.state_dict().items()}
-    modules = [
-        (name, type(m), m.training, sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks))
-        for name, m in model.named_modules()
-    ]
-    parameters = [(name, id(p), p.requires_grad, p.grad is None) for name, p in model.named_parameters()]
-    return copy.deepcopy((state, modules, parameters, torch.backends.mha.get_fastpath_enabled()))

@@ -5,31 +5,58 @@ The way of the data: a loader's batch -> `Objective.batch` -> the updates of one
 """
 
 from stn_fx.bilevel.algorithm import Algorithm, InnerRecord, OuterRecord
-from stn_fx.bilevel.callbacks import Callback, KeepBest
+from stn_fx.bilevel.apply import UpdateOptions
+from stn_fx.bilevel.callbacks import Callback, KeepBest, SafePoint
+from stn_fx.bilevel.checkpoint import Checkpoint
 from stn_fx.bilevel.evaluation import Evaluation, evaluate
+from stn_fx.bilevel.interruption import Terminated
 from stn_fx.bilevel.objective import Objective
+from stn_fx.bilevel.recorded_run import RecordedRun, read_run
 from stn_fx.bilevel.records import EpochRecord, FitResult, SchedulePoint
+from stn_fx.bilevel.replay import FollowSchedule
+from stn_fx.bilevel.response_step import EveryKth, Linearized, OnFraction, WithoutLinearization
 from stn_fx.bilevel.run_folder import RunFolder
+from stn_fx.bilevel.sampling import GlobalSampling, PerBatch, PerExample
 from stn_fx.bilevel.schedules import LearningRateSchedule, cosine
 from stn_fx.bilevel.steps import DeltaSTN, FixedHyperparameters
+from stn_fx.bilevel.stn import STN
+from stn_fx.bilevel.tensorboard import TensorBoard
 from stn_fx.bilevel.trainer import BilevelTrainer
+from stn_fx.bilevel.weight_average import WeightAverage
 
 __all__ = [
+    "STN",
     "Algorithm",
     "BilevelTrainer",
     "Callback",
+    "Checkpoint",
     "DeltaSTN",
     "EpochRecord",
     "Evaluation",
+    "EveryKth",
     "FitResult",
     "FixedHyperparameters",
+    "FollowSchedule",
+    "GlobalSampling",
     "InnerRecord",
     "KeepBest",
     "LearningRateSchedule",
+    "Linearized",
     "Objective",
+    "OnFraction",
     "OuterRecord",
+    "PerBatch",
+    "PerExample",
+    "RecordedRun",
     "RunFolder",
+    "SafePoint",
     "SchedulePoint",
+    "TensorBoard",
+    "Terminated",
+    "UpdateOptions",
+    "WeightAverage",
+    "WithoutLinearization",
     "cosine",
     "evaluate",
+    "read_run",
 ]

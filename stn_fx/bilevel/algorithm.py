@@ -2,21 +2,30 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from stn_fx.bilevel.batch import Batch
+from stn_fx.bilevel.apply import Outcome, UpdateOptions, Updater
+from stn_fx.bilevel.batch import Batch, batch_size
 from stn_fx.bilevel.objective import Loss, Objective, as_objective
 from stn_fx.bilevel.optimizers import OptimizerChoice, Role, resolve_optimizer
+from stn_fx.bilevel.replicas import Replicas
 from stn_fx.errors import StnError
 
 if TYPE_CHECKING:
     from stn_fx.transform import SelfTuningModule
+
+INNER: tuple[Role, ...] = ("base", "response")
+OUTER: tuple[Role, ...] = ("hyper", "scale")
+
+# Apart from the seed of the masks, so that no two streams of random numbers are the same.
+PERTURBATIONS = 1
+PER_RANK = 1_000_003
 
 
 @dataclass(frozen=True)
@@ -26,17 +35,36 @@ class InnerRecord:
     Attributes:
         loss: training loss of the base pass, with weight decay where it is tuned.
         response_loss: training loss of the linearized pass; None where there was none.
+        skipped: why an update was not applied, for each that was not.
     """
 
     loss: float
     response_loss: float | None = None
+    skipped: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(base: Outcome, response: Outcome | None = None) -> "InnerRecord":
+        """From the outcomes of the updates."""
+        reasons = [each.skipped for each in (base, response) if each is not None and each.skipped]
+        return InnerRecord(base.loss, None if response is None else response.loss, tuple(reasons))
 
 
 @dataclass(frozen=True)
 class OuterRecord:
-    """Validation loss of one outer step at perturbed hyperparameters, without the entropy term, before its update."""
+    """One outer step.
+
+    Attributes:
+        loss: validation loss at perturbed hyperparameters, without the entropy term, before the update.
+        skipped: why the update was not applied, where it was not.
+    """
 
     loss: float
+    skipped: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(outcome: Outcome) -> "OuterRecord":
+        """From the outcome of the update."""
+        return OuterRecord(outcome.loss, (outcome.skipped,) if outcome.skipped else ())
 
 
 class Algorithm(ABC):
@@ -46,6 +74,7 @@ class Algorithm(ABC):
         stn: the wrapped model.
         loss: `loss(output, target)` or an `Objective`.
         choices: the optimizers that this algorithm uses, by group; None for a default.
+        updates: accumulation, clipping, autocast, and what is done about losses that are not finite.
 
     Raises:
         InputError: an optimizer does not fit its group. Known here where the model is captured already, else at the
@@ -54,16 +83,27 @@ class Algorithm(ABC):
     Attributes:
         tunes: whether outer steps move the hyperparameters.
         optimizers: by group; empty until the model is captured.
+        replicas: the processes that train together.
+        perturbations: generator of the perturbed hyperparameters; there once the model is captured.
+        updaters: what steps them; those of hyperparameters and scales step together, under "hyper".
     """
 
     tunes: bool
+    perturbations: torch.Generator
 
     def __init__(
-        self, stn: "SelfTuningModule", loss: Loss | Objective, choices: Mapping[Role, OptimizerChoice]
+        self,
+        stn: "SelfTuningModule",
+        loss: Loss | Objective,
+        choices: Mapping[Role, OptimizerChoice],
+        updates: UpdateOptions | None = None,
     ) -> None:
         self.stn = stn
+        self.updates = updates or UpdateOptions()
+        self.replicas = Replicas()
         self.objective = as_objective(loss)
         self.optimizers: dict[Role, Optimizer] = {}
+        self.updaters: dict[Role, Updater] = {}
         self._choices = choices
         if is_captured(stn):
             self._build_optimizers()
@@ -74,12 +114,34 @@ class Algorithm(ABC):
 
         Raises:
             InputError: batch or loss has not the form that `Objective` describes.
-            DivergedError: a loss or a gradient is not finite; that update is not applied.
+            DivergedError: too many updates in a row were skipped, because loss or gradient was not finite.
         """
 
     @abstractmethod
     def outer_step(self, content: Any) -> OuterRecord:
         """Update hyperparameters by one validation batch; raises as `inner_step` does."""
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the last update of every group was applied."""
+        return not any(updater.skipped_in_a_row for updater in self.updaters.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the wrapped model, as tensors and plain data."""
+        return {
+            "updaters": {role: updater.state_dict() for role, updater in self.updaters.items()},
+            "perturbations": self.perturbations.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave; the model is captured."""
+        for role, updater in self.updaters.items():
+            updater.load_state_dict(state["updaters"][role])
+        self.perturbations.set_state(state["perturbations"])
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """The context that a pass and its loss are computed in."""
+        return self.updates.precision(device_of(self.stn))
 
     def prepare(self, content: Any) -> Batch:
         """The batch on the model's device; the first one also captures the model and builds the optimizers."""
@@ -88,7 +150,8 @@ class Algorithm(ABC):
             self.stn.compile_for(batch.inputs)
         if not self.optimizers:
             self._build_optimizers()
-        return batch
+        rows = self.replicas.rows(batch_size(self.stn, batch), device_of(self.stn))
+        return replace(batch, rows=rows)
 
     def _build_optimizers(self) -> None:
         hparams = self.stn.hparams
@@ -103,6 +166,24 @@ class Algorithm(ABC):
             role: resolve_optimizer(choice, role, parameters[role], decay_is_tuned)
             for role, choice in self._choices.items()
         }
+        limit, replicas = self.updates.skip_limit, self.replicas
+        for role in INNER:
+            if role in self.optimizers:
+                accumulate, clip_norm = self.updates.accumulate, self.updates.clip_norm
+                self.updaters[role] = Updater([self.optimizers[role]], role, accumulate, clip_norm, limit, replicas)
+        outer = [self.optimizers[role] for role in OUTER if role in self.optimizers]
+        if outer:
+            self.updaters["hyper"] = Updater(outer, "hyper and scale", skip_limit=limit, replicas=replicas)
+        self._begin_randomness()
+
+    def _begin_randomness(self) -> None:
+        """Perturbations from a generator of their own, the same in every process; masks differ between processes."""
+        masks = self.stn.generator()
+        seed = masks.initial_seed()
+        self.perturbations = torch.Generator(masks.device).manual_seed((seed + PERTURBATIONS) % 2**63)
+        if self.replicas.rank:
+            masks.manual_seed((seed + PER_RANK * self.replicas.rank) % 2**63)
+        self.replicas.broadcast([*self.stn.parameters(), *self.stn.model.buffers()])
 
 
 def is_captured(stn: "SelfTuningModule") -> bool:

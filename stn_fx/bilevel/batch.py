@@ -8,16 +8,21 @@ Understood without a word from the user:
 Anything else needs `Objective(inputs=...)`, see `stn_fx.bilevel.objective`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from stn_fx.bilevel.replicas import Rows
 from stn_fx.errors import InputError
 
+if TYPE_CHECKING:
+    from stn_fx.transform import SelfTuningModule
+
+ALONE = Rows(0, 1, 1)
 TARGET_KEYS = ("labels", "label", "targets", "target")
 
 Inputs = tuple[Any, ...] | dict[str, Any]
@@ -30,10 +35,13 @@ class Batch:
     Attributes:
         content: what the loader yielded, on the device of the model; objectives see this.
         inputs: positional inputs as a tuple, or keyword inputs as a dict.
+        rows: which examples of the whole batch these are, where several processes share it; known once
+            `Algorithm.prepare` has seen the model's inputs.
     """
 
     content: Any
     inputs: Inputs
+    rows: Rows = ALONE
 
     def feed(self, function: Callable[..., Any], **options: Any) -> Any:
         """Call `function` with the inputs, and with `options` as further keywords."""
@@ -80,16 +88,8 @@ def leading_size(value: Any) -> int | None:
     return next((leaf.shape[0] for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.ndim), None)
 
 
-def cycle(loader: Any) -> Iterator[Any]:
-    """Batches without end: the loader is started anew, and so reshuffled, each time it ends.
-
-    Raises:
-        InputError: the loader is empty.
-    """
-    while True:
-        empty = True
-        for content in loader:
-            empty = False
-            yield content
-        if empty:
-            raise InputError("The validation loader is empty. Give it at least one batch (mind drop_last=True).")
+def batch_size(stn: "SelfTuningModule", batch: Batch) -> int:
+    """Number of examples: the length of the batch axis of the first input that has one."""
+    inputs = batch.feed(lambda *args, **kwargs: tree_leaves((args, kwargs)))
+    axes = stn.compiled.captured.batch_axes
+    return next(int(x.shape[axis]) for x, axis in zip(inputs, axes, strict=True) if axis is not None)

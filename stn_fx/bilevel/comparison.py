@@ -3,9 +3,9 @@
 Both runs select their epoch by the validation loss, and the test set is read once for each, at that epoch.
 """
 
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
@@ -53,7 +53,7 @@ class Run:
         result: schedule and history of the whole run.
         valid: on the validation data.
         test: on the test data.
-        seconds: wall time of training, without the evaluation on test data.
+        seconds: wall time of all epochs, also of those before the run was resumed, without the test data.
     """
 
     result: FitResult
@@ -69,10 +69,12 @@ def tuned_run(
     valid: Iterable[Any],
     test: Iterable[Any],
     callbacks: Sequence[Callback] = (),
+    resume_from: Path | None = None,
 ) -> Run:
     """Train with tuning; `stn` ends in the state of its best epoch. Raises as `BilevelTrainer` does."""
     algorithm = DeltaSTN(stn, recipe.loss, **recipe.options)
-    return _run(BilevelTrainer(stn, train=train, valid=valid, algorithm=algorithm), recipe, test, callbacks)
+    trainer = BilevelTrainer(stn, train=train, valid=valid, algorithm=algorithm)
+    return _run(trainer, recipe, test, callbacks, resume_from)
 
 
 def fixed_run(
@@ -82,24 +84,32 @@ def fixed_run(
     valid: Iterable[Any],
     test: Iterable[Any],
     callbacks: Sequence[Callback] = (),
+    resume_from: Path | None = None,
 ) -> Run:
     """Train by the base pass alone at the initial hyperparameters; else as `tuned_run`."""
     base_optimizer = recipe.options.get("base_optimizer")
     algorithm = FixedHyperparameters(stn, recipe.loss, base_optimizer=base_optimizer)
-    return _run(BilevelTrainer(stn, train=train, valid=valid, algorithm=algorithm), recipe, test, callbacks)
+    trainer = BilevelTrainer(stn, train=train, valid=valid, algorithm=algorithm)
+    return _run(trainer, recipe, test, callbacks, resume_from)
 
 
-def _run(trainer: BilevelTrainer, recipe: Recipe, test: Iterable[Any], callbacks: Sequence[Callback]) -> Run:
+def _run(
+    trainer: BilevelTrainer,
+    recipe: Recipe,
+    test: Iterable[Any],
+    callbacks: Sequence[Callback],
+    resume_from: Path | None,
+) -> Run:
     keep = KeepBest()
     schedules = [LearningRateSchedule(recipe.schedule)] if recipe.schedule else []
-    began = time.perf_counter()
     result = trainer.fit(
         recipe.epochs,
         warmup_epochs=recipe.warmup_epochs,
         train_steps=recipe.train_steps,
         valid_steps=recipe.valid_steps,
         callbacks=[keep, *schedules, *callbacks],
+        resume_from=resume_from,
     )
-    seconds = time.perf_counter() - began
     keep.restore(trainer)
+    seconds = sum(record.seconds for record in result.history)
     return Run(result, trainer.evaluate(trainer.valid), trainer.evaluate(test), seconds)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from stn_fx.bilevel.algorithm import device_of, evaluation_mode
-from stn_fx.bilevel.batch import split
+from stn_fx.bilevel.batch import batch_size, split
 from stn_fx.bilevel.objective import Loss, Objective, as_objective
-from stn_fx.bilevel.updates import batch_size, named_values
+from stn_fx.bilevel.replicas import Replicas
+from stn_fx.bilevel.updates import named_values
 from stn_fx.errors import InputError
 
 if TYPE_CHECKING:
@@ -60,6 +61,9 @@ def evaluate(stn: "SelfTuningModule", loss: Loss | Objective, loader: Iterable[A
             if hits is not None:
                 correct += hits
                 classified += size
+    # Where several processes share the data set, each has evaluated its own part of it.
+    sums = Replicas().sums([total, correct, examples, classified], device)
+    total, correct, examples, classified = sums[0], *map(int, sums[1:])
     if not examples:
         raise InputError("The loader to evaluate on is empty. Give it at least one batch (mind drop_last=True).")
     return Evaluation(total / examples, correct / examples if classified == examples else None, examples)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -36,15 +37,21 @@ class ImageTask:
     batch_size: int = 64
     device: torch.device = CPU
 
-    def tuned(self, recipe: Recipe, seed: int, callbacks: Sequence[Callback] = ()) -> Run:
+    def tuned(
+        self, recipe: Recipe, seed: int, callbacks: Sequence[Callback] = (), resume_from: Path | None = None
+    ) -> Run:
         """Train with tuning; the seed is that of the weights, the order of the data, masks and perturbations."""
         loaders = image_batches(self.splits, self.batch_size, seed)
-        return tuned_run(self.wrapped(seed), recipe, loaders.train, loaders.valid, loaders.test, callbacks)
+        parts = (loaders.train, loaders.valid, loaders.test)
+        return tuned_run(self.wrapped(seed), recipe, *parts, callbacks, resume_from)
 
-    def fixed(self, recipe: Recipe, seed: int, callbacks: Sequence[Callback] = ()) -> Run:
+    def fixed(
+        self, recipe: Recipe, seed: int, callbacks: Sequence[Callback] = (), resume_from: Path | None = None
+    ) -> Run:
         """Train at the initial hyperparameters; else as `tuned`."""
         loaders = image_batches(self.splits, self.batch_size, seed)
-        return fixed_run(self.wrapped(seed), recipe, loaders.train, loaders.valid, loaders.test, callbacks)
+        parts = (loaders.train, loaders.valid, loaders.test)
+        return fixed_run(self.wrapped(seed), recipe, *parts, callbacks, resume_from)
 
     def wrapped(self, seed: int) -> SelfTuningModule:
         """A new, untrained model, captured with a batch of the training data.

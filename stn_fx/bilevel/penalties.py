@@ -30,16 +30,15 @@ def penalties(
 
     Args:
         stn: the wrapped model.
-        output: of the base pass, or of the linearized pass (primal + tangent).
+        output: of the base pass, of the linearized pass (primal + tangent), or of the perturbed network.
         values: constrained values (B,) by name.
-        raw_BH: the raw values of the linearized pass; None in the base pass, whose weights are the same for all.
+        raw_BH: the raw values of a perturbed pass; None in the base pass, whose weights are the same for all.
         batch: for terms of the user's own, which see the target.
     """
-    terms = [
-        0.5 * (values[name] * stn.squared_norm(raw_BH, names)).mean()
-        for name, names in _groups(stn, "weight_decay").items()
-    ]
-    terms += [(values[name] * stn.absolute_norm(raw_BH, names)).mean() for name, names in _groups(stn, "l1").items()]
+    with torch.autocast(stn.hparams.raw.device.type, enabled=False):
+        decays, lassos = penalized_groups(stn, "weight_decay"), penalized_groups(stn, "l1")
+        terms = [0.5 * (values[n] * stn.squared_norm(raw_BH, names)).mean() for n, names in decays.items()]
+        terms += [(values[n] * stn.absolute_norm(raw_BH, names)).mean() for n, names in lassos.items()]
     if "confidence_penalty" in values:
         terms.append(-(values["confidence_penalty"] * entropy(output)).mean())
     own = [each.entry for each in stn.selections if each.entry.kind == "loss" and each.entry.apply is not None]
@@ -74,7 +73,7 @@ def entropy(output: Any) -> Tensor:
     return -(log_p.exp() * log_p).sum(1).flatten(1).mean(1) if output.ndim > 2 else -(log_p.exp() * log_p).sum(1)
 
 
-def _groups(stn: "SelfTuningModule", entry: str) -> dict[str, list[str] | None]:
+def penalized_groups(stn: "SelfTuningModule", entry: str) -> dict[str, list[str] | None]:
     """Names of the weights by hyperparameter; None = the usual ones, where no pattern divides them."""
     names = [each.name for each in stn.hparams.resolved if each.entry == entry]
     if names in ([], [entry]):

@@ -1,6 +1,8 @@
 """What a run leaves behind: the schedule of the hyperparameters, the history of the losses, the result."""
 
-from dataclasses import dataclass, field
+import json
+import math
+from dataclasses import asdict, dataclass, field
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,14 @@ class EpochRecord:
         epoch: counted from 1.
         inner_step: inner steps done by its end.
         outer_step: outer steps done by its end.
-        train_loss: mean training loss of the base pass, regularized as the hyperparameters say.
+        train_loss: mean training loss of the base pass, regularized as the hyperparameters say; over the steps where it
+            is finite, and NaN where there are none.
         response_loss: mean training loss of the linearized pass; None where there was none.
         valid_loss: mean loss on the whole validation set, evaluation mode, unperturbed.
         valid_accuracy: share in [0, 1] of validation examples whose highest score is at the target; None where the
             task is not a classification.
         seconds: wall time of training and evaluation in this epoch.
+        skipped: updates that were not applied because loss or gradient was not finite.
     """
 
     epoch: int
@@ -46,6 +50,12 @@ class EpochRecord:
     valid_loss: float
     valid_accuracy: float | None
     seconds: float
+    skipped: int = 0
+
+    @property
+    def order(self) -> float:
+        """Validation loss to compare by: one that is not finite comes last."""
+        return self.valid_loss if math.isfinite(self.valid_loss) else math.inf
 
 
 @dataclass
@@ -56,11 +66,13 @@ class FitResult:
         schedule: the hyperparameters before training, and after every outer step (every epoch where there is none).
         history: one record per finished epoch.
         interrupted: whether training stopped before the last epoch.
+        resumed_at: inner steps after which the run was taken up again from a checkpoint.
     """
 
     schedule: list[SchedulePoint] = field(default_factory=list)
     history: list[EpochRecord] = field(default_factory=list)
     interrupted: bool = False
+    resumed_at: list[int] = field(default_factory=list)
 
     @property
     def values(self) -> dict[str, float]:
@@ -70,4 +82,21 @@ class FitResult:
     @property
     def best(self) -> EpochRecord | None:
         """The epoch with the lowest validation loss; None where no epoch was finished."""
-        return min(self.history, key=lambda record: record.valid_loss, default=None)
+        return min(self.history, key=lambda record: record.order, default=None)
+
+    @property
+    def skipped(self) -> int:
+        """Updates of the whole run that were not applied because loss or gradient was not finite."""
+        return sum(record.skipped for record in self.history)
+
+    def to_json(self) -> str:
+        """The whole result; numbers read back exactly."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> "FitResult":
+        """What `to_json` wrote."""
+        content = json.loads(text)
+        schedule = [SchedulePoint(**point) for point in content.pop("schedule")]
+        history = [EpochRecord(**record) for record in content.pop("history")]
+        return FitResult(schedule=schedule, history=history, **content)

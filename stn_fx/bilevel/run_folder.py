@@ -40,6 +40,8 @@ class RunFolder(Callback):
         InputError: the path holds another run, or is a file.
     """
 
+    first_process_only = True
+
     def __init__(self, path: str | Path, overwrite: bool = False) -> None:
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
@@ -109,6 +111,8 @@ def summary(result: FitResult, specs: list[dict[str, object]]) -> dict[str, obje
         "scales": result.schedule[-1].scales,
         "best_epoch": best and {**asdict(best), "values": at_best and at_best.values},
         "interrupted": result.interrupted,
+        "resumed_at": result.resumed_at,
+        "skipped_updates": result.skipped,
         "hyperparameters": specs,
     }
 

@@ -1,7 +1,7 @@
-"""Learning rates over a run: any torch scheduler, stepped once per inner step."""
+"""Learning rates over a run: any torch scheduler, stepped once per update of the weights."""
 
 from collections.abc import Callable, Iterable, Sized
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
@@ -19,12 +19,12 @@ SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
 
 
 def cosine(optimizer: Optimizer, steps: int) -> LRScheduler:
-    """From the optimizer's learning rate to zero over `steps` inner steps along half a cosine (SGDR, 1608.03983)."""
+    """From the optimizer's learning rate to zero over `steps` updates along half a cosine (SGDR, 1608.03983)."""
     return CosineAnnealingLR(optimizer, steps)
 
 
 class LearningRateSchedule(Callback):
-    """Steps a torch scheduler of the base parameters after every inner step; hyperparameters and scales follow it.
+    """Steps a torch scheduler of the base parameters after every update; hyperparameters and scales follow it.
 
     They follow in proportion to their own rates. Hyperparameters that go on moving around weights that have come to
     rest run away: no later gradient tells them that the weights did not follow (measured on the digits of
@@ -32,7 +32,7 @@ class LearningRateSchedule(Callback):
     response goes on learning at its own rate.
 
     Args:
-        factory: `factory(optimizer, inner_steps)` returns the scheduler of the base optimizer for the whole run.
+        factory: `factory(optimizer, updates)` returns the scheduler of the base optimizer for the whole run.
         followers: groups whose rates follow; those that the algorithm does not train are skipped.
 
     Raises:
@@ -54,12 +54,31 @@ class LearningRateSchedule(Callback):
         self._followers = [
             (optimizers[role], _rates(optimizers[role])) for role in self.followers if role in optimizers
         ]
-        self._scheduler = self.factory(optimizers["base"], epochs * len(trainer.train))
+        self._inner = 0
+        self._accumulate = trainer.algorithm.updates.accumulate
+        self._scheduler = self.factory(optimizers["base"], max(1, epochs * len(trainer.train) // self._accumulate))
         self._follow()
 
     def inner_step_ended(self, trainer: "BilevelTrainer", epoch: int, record: InnerRecord) -> None:
-        self._scheduler.step()
-        self._follow()
+        self._inner += 1
+        if self._inner % self._accumulate == 0:
+            self._scheduler.step()
+            self._follow()
+
+    def state_dict(self) -> dict[str, Any]:
+        followers = [rates for _, rates in self._followers]
+        return {
+            "scheduler": self._scheduler.state_dict(),
+            "inner": self._inner,
+            "leader": self._leader,
+            "followers": followers,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._scheduler.load_state_dict(state["scheduler"])
+        self._inner, self._leader = state["inner"], state["leader"]
+        optimizers = [optimizer for optimizer, _ in self._followers]
+        self._followers = list(zip(optimizers, state["followers"], strict=True))
 
     def _follow(self) -> None:
         share = sum(self._scheduler.get_last_lr()) / (sum(self._leader) or 1.0)

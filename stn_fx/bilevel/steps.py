@@ -5,9 +5,12 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch.nn.functional as F
 
 from stn_fx.bilevel.algorithm import Algorithm, InnerRecord, OuterRecord, training_mode
+from stn_fx.bilevel.apply import UpdateOptions
 from stn_fx.bilevel.objective import Loss, Objective
-from stn_fx.bilevel.optimizers import OptimizerChoice
-from stn_fx.bilevel.updates import base_update, hyper_update, response_update
+from stn_fx.bilevel.optimizers import OptimizerChoice, Role
+from stn_fx.bilevel.response_step import Linearized, ResponseStep
+from stn_fx.bilevel.sampling import PerExample, Sampling
+from stn_fx.bilevel.updates import base_update, hyper_update
 from stn_fx.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,6 +27,10 @@ class DeltaSTNOptions(TypedDict, total=False):
     hyper_optimizer: OptimizerChoice
     scale_optimizer: OptimizerChoice
     entropy_weight: float
+    updates: UpdateOptions | None
+    sampling: Sampling | None
+    response_step: ResponseStep | None
+    tune_scales: bool
 
 
 class DeltaSTN(Algorithm):
@@ -49,6 +56,11 @@ class DeltaSTN(Algorithm):
         hyper_optimizer: over `[stn.hparams.raw]`.
         scale_optimizer: over `[stn.hparams.raw_scale]`.
         entropy_weight: tau in `L_valid - tau * entropy(scale)`, per nat.
+        updates: gradient accumulation and clipping, autocast, and how many updates in a row may be skipped because they
+            are not finite.
+        sampling: where perturbed hyperparameters come from; `PerExample()` where None.
+        response_step: how the response is learned; `Linearized()` where None.
+        tune_scales: whether outer steps move the scales; else they stay as they began.
 
     Raises:
         InputError: an optimizer over other parameters, or with a weight decay beside the hyperparameter weight_decay.
@@ -66,32 +78,53 @@ class DeltaSTN(Algorithm):
         hyper_optimizer: OptimizerChoice = None,
         scale_optimizer: OptimizerChoice = None,
         entropy_weight: float = ENTROPY_WEIGHT,
+        updates: UpdateOptions | None = None,
+        sampling: Sampling | None = None,
+        response_step: ResponseStep | None = None,
+        tune_scales: bool = True,
     ) -> None:
+        choices: dict[Role, OptimizerChoice] = {
+            "base": base_optimizer,
+            "response": response_optimizer,
+            "hyper": hyper_optimizer,
+        }
+        if tune_scales:
+            choices["scale"] = scale_optimizer
+        elif scale_optimizer is not None:
+            raise InputError("scale_optimizer: given beside tune_scales=False, which leaves nothing for it.")
         super().__init__(
             stn,
             loss,
-            {
-                "base": base_optimizer,
-                "response": response_optimizer,
-                "hyper": hyper_optimizer,
-                "scale": scale_optimizer,
-            },
+            choices,
+            updates,
         )
         self.entropy_weight = entropy_weight
+        self.sampling = sampling or PerExample()
+        self.response_step = response_step or Linearized()
 
     def inner_step(self, content: Any) -> InnerRecord:
         """One update of the base parameters, then one of the response parameters with fresh perturbations."""
         batch = self.prepare(content)
         with training_mode(self.stn):
-            loss = base_update(self.stn, self.objective, self.optimizers["base"], batch)
-            response_loss = response_update(self.stn, self.objective, self.optimizers["response"], batch)
-        return InnerRecord(loss, response_loss)
+            base = base_update(self.stn, self.objective, self.updaters["base"], batch, self.precision())
+            response = self.response_step(self, batch)
+        return InnerRecord.of(base, response)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"response_step": self.response_step.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.response_step.load_state_dict(state["response_step"])
 
     def outer_step(self, content: Any) -> OuterRecord:
         """One update of raw hyperparameters and scales; base, response and buffers are untouched."""
         batch = self.prepare(content)
-        optimizers = [self.optimizers["hyper"], self.optimizers["scale"]]
-        return OuterRecord(hyper_update(self.stn, self.objective, optimizers, batch, self.entropy_weight))
+        raw_BH = self.sampling.outer(self.stn.hparams, batch.rows, self.perturbations)
+        updater, precision = self.updaters["hyper"], self.precision()
+        return OuterRecord.of(
+            hyper_update(self.stn, self.objective, updater, batch, raw_BH, self.entropy_weight, precision)
+        )
 
 
 class FixedHyperparameters(Algorithm):
@@ -101,6 +134,7 @@ class FixedHyperparameters(Algorithm):
         stn: the wrapped model.
         loss: as for `DeltaSTN`.
         base_optimizer: as for `DeltaSTN`.
+        updates: as for `DeltaSTN`.
     """
 
     tunes = False
@@ -111,14 +145,15 @@ class FixedHyperparameters(Algorithm):
         loss: Loss | Objective = F.cross_entropy,
         *,
         base_optimizer: OptimizerChoice = None,
+        updates: UpdateOptions | None = None,
     ) -> None:
-        super().__init__(stn, loss, {"base": base_optimizer})
+        super().__init__(stn, loss, {"base": base_optimizer}, updates)
 
     def inner_step(self, content: Any) -> InnerRecord:
         """One update of the base parameters."""
         batch = self.prepare(content)
         with training_mode(self.stn):
-            return InnerRecord(base_update(self.stn, self.objective, self.optimizers["base"], batch))
+            return InnerRecord.of(base_update(self.stn, self.objective, self.updaters["base"], batch, self.precision()))
 
     def outer_step(self, content: Any) -> OuterRecord:
         """Refused: fixed hyperparameters have no outer step."""

@@ -7,47 +7,81 @@ hyperparameters, eps_i the perturbation of example i, and DeltaW linear:
 - response:  min over DeltaW of      mean_i L_train(f(x_i; w0) + J_w f . DeltaW(eps_i), lambda + eps_i)
 - outer:     min over lambda, scale  mean_i L_valid(f(x_i; w0 + DeltaW(lambda + eps_i - stop(lambda)))) - tau * entropy
 
-Each applies nothing when its loss or its gradient is not finite. Shape suffixes: B examples, H hyperparameters.
+Each applies nothing when its loss or its gradient is not finite, see `stn_fx.bilevel.apply`. Shape suffixes:
+B examples, H hyperparameters.
 """
 
-import math
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map
 
-from stn_fx.bilevel.batch import Batch
+from stn_fx.bilevel.apply import Outcome, Updater
+from stn_fx.bilevel.batch import Batch, batch_size
 from stn_fx.bilevel.mixing import mix
 from stn_fx.bilevel.objective import Objective
 from stn_fx.bilevel.penalties import penalties
-from stn_fx.errors import DivergedError, InputError, StnError
+from stn_fx.errors import StnError
 
 if TYPE_CHECKING:
     from stn_fx.transform import SelfTuningModule
 
+Precision = AbstractContextManager[Any]
 
-def base_update(stn: "SelfTuningModule", objective: Objective, optimizer: Optimizer, batch: Batch) -> float:
-    """One update of the base parameters at the current hyperparameters; returns the training loss.
 
-    It alone updates the running statistics of batch norms.
+def base_update(
+    stn: "SelfTuningModule", objective: Objective, updater: Updater, batch: Batch, precision: Precision
+) -> Outcome:
+    """One update of the base parameters at the current hyperparameters.
+
+    It alone updates the running statistics of batch norms; they are put back where the loss is not applied.
     """
+    buffers = [(buffer, buffer.clone()) for buffer in stn.model.buffers()]
     raw_BH = stn.hparams.raw.detach().expand(batch_size(stn, batch), -1)
     hyperparameters = named_values(stn, raw_BH)
-    mixed = mix(stn, batch, hyperparameters)
-    output = mixed.batch.feed(stn)
-    batch = mixed.with_targets(output)
-    loss = objective.training_loss(output, batch, hyperparameters)
-    loss = sum(penalties(stn, output, hyperparameters, batch=batch), loss)
-    return apply_update(loss, optimizer, "training loss of the base pass", "base")
+    with precision:
+        mixed = mix(stn, batch, hyperparameters)
+        output = mixed.batch.feed(stn)
+        batch = mixed.with_targets(output)
+        loss = objective.training_loss(output, batch, hyperparameters)
+        loss = sum(penalties(stn, output, hyperparameters, batch=batch), loss)
+    outcome = updater.apply(loss, "training loss of the base pass", batch.rows.share)
+    if outcome.skipped:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+    updater.replicas.broadcast(stn.model.buffers())  # each process has seen other examples
+    return outcome
 
 
-def response_update(stn: "SelfTuningModule", objective: Objective, optimizer: Optimizer, batch: Batch) -> float:
-    """One update of the response parameters with fresh perturbations; returns the loss of the linearized model."""
-    raw_BH = stn.hparams.sample(batch_size(stn, batch), generator=stn.generator()).detach()
+def response_update(
+    stn: "SelfTuningModule", objective: Objective, updater: Updater, batch: Batch, raw_BH: Tensor, precision: Precision
+) -> Outcome:
+    """One update of the response parameters, by the loss of the linearized model at perturbed hyperparameters.
+
+    Args:
+        raw_BH: perturbed raw hyperparameters of every example, detached.
+    """
     hyperparameters = named_values(stn, raw_BH)
-    mixed = mix(stn, batch, hyperparameters)
+    with precision:
+        output, batch = _linearized(stn, batch, raw_BH)
+        loss = objective.training_loss(output, batch, hyperparameters)
+        loss = sum(penalties(stn, output, hyperparameters, raw_BH, batch), loss)
+    return updater.apply(loss, "training loss of the linearized pass", batch.rows.share)
+
+
+def linearized_loss(stn: "SelfTuningModule", objective: Objective, batch: Batch, raw_BH: Tensor) -> Tensor:
+    """Training loss of the linearized model, without penalties."""
+    output, batch = _linearized(stn, batch, raw_BH)
+    return objective.training_loss(output, batch, named_values(stn, raw_BH))
+
+
+def _linearized(stn: "SelfTuningModule", batch: Batch, raw_BH: Tensor) -> tuple[Any, Batch]:
+    """Output of the linearized model, and the batch as the hyperparameters mix it."""
+    mixed = mix(stn, batch, named_values(stn, raw_BH))
     primal, tangent = mixed.batch.feed(stn.linearize, raw=raw_BH)
     if any(leaf.requires_grad for leaf in _tensors(primal)):
         # Backward through the jvp of norms is silently wrong then (pytorch issues 196699 and 196700).
@@ -56,75 +90,56 @@ def response_update(stn: "SelfTuningModule", objective: Objective, optimizer: Op
             "parameters must enter detached: if `linearize` is your own, detach them; else this is a bug of stn_fx."
         )
     output = _plus(primal, tangent)
-    batch = mixed.with_targets(output)
-    loss = objective.training_loss(output, batch, hyperparameters)
-    loss = sum(penalties(stn, output, hyperparameters, raw_BH, batch), loss)
-    return apply_update(loss, optimizer, "training loss of the linearized pass", "response")
+    return output, mixed.with_targets(output)
+
+
+def validation_loss(stn: "SelfTuningModule", objective: Objective, batch: Batch) -> Tensor:
+    """Validation loss of the model as it stands, in its mode; differentiable in the base parameters."""
+    raw_BH = stn.hparams.raw.detach().expand(batch_size(stn, batch), -1)
+    return objective.validation_loss(batch.feed(stn), batch, named_values(stn, raw_BH))
+
+
+def perturbed_update(
+    stn: "SelfTuningModule", objective: Objective, updater: Updater, batch: Batch, raw_BH: Tensor, precision: Precision
+) -> Outcome:
+    """As `response_update`, but by the loss of the perturbed network itself instead of its linearization."""
+    hyperparameters = named_values(stn, raw_BH)
+    with precision:
+        mixed = mix(stn, batch, hyperparameters)
+        output = mixed.batch.feed(stn.respond_in_training, raw=raw_BH)
+        batch = mixed.with_targets(output)
+        loss = objective.training_loss(output, batch, hyperparameters)
+        loss = sum(penalties(stn, output, hyperparameters, raw_BH, batch), loss)
+    return updater.apply(loss, "training loss of the perturbed network", batch.rows.share)
 
 
 def hyper_update(
-    stn: "SelfTuningModule", objective: Objective, optimizers: list[Optimizer], batch: Batch, entropy_weight: float
-) -> float:
-    """One update of raw hyperparameters and scales; returns the validation loss, without the entropy term.
+    stn: "SelfTuningModule",
+    objective: Objective,
+    updater: Updater,
+    batch: Batch,
+    raw_BH: Tensor,
+    entropy_weight: float,
+    precision: Precision,
+) -> Outcome:
+    """One update of raw hyperparameters and scales; the outcome's loss is without the entropy term.
 
     Args:
+        raw_BH: perturbed raw hyperparameters of every example, differentiable in raw values and scales.
         entropy_weight: tau, the reward for wide perturbations (nats); without it the scales would collapse.
     """
-    raw_BH = stn.hparams.sample(batch_size(stn, batch), generator=stn.generator())
-    output = batch.feed(stn.respond, raw=raw_BH)
-    # Detached: a validation objective that looks at the hyperparameters must not be improved through them directly.
-    valid_loss = objective.validation_loss(output, batch, named_values(stn, raw_BH.detach()))
+    with precision:
+        output = batch.feed(stn.respond, raw=raw_BH)
+        # Detached: a validation objective that looks at the hyperparameters must not be improved through them directly.
+        valid_loss = objective.validation_loss(output, batch, named_values(stn, raw_BH.detach()))
     loss = valid_loss - entropy_weight * stn.hparams.entropy()
-    apply_update(loss, optimizers, "validation loss of the response pass", "hyper and scale")
-    return valid_loss.item()
-
-
-def batch_size(stn: "SelfTuningModule", batch: Batch) -> int:
-    """Number of examples: the length of the batch axis of the first input that has one."""
-    inputs = batch.feed(lambda *args, **kwargs: tree_leaves((args, kwargs)))
-    axes = stn.compiled.captured.batch_axes
-    return next(int(x.shape[axis]) for x, axis in zip(inputs, axes, strict=True) if axis is not None)
+    outcome = updater.apply(loss, "validation loss of the response pass", batch.rows.share)
+    return replace(outcome, loss=outcome.loss + entropy_weight * stn.hparams.entropy().item())
 
 
 def named_values(stn: "SelfTuningModule", raw_BH: Tensor) -> dict[str, Tensor]:
     """Constrained values (B,) by name."""
     return dict(zip(stn.hparams.names, stn.hparams.constrain(raw_BH).unbind(-1), strict=True))
-
-
-def apply_update(loss: Tensor, optimizers: Optimizer | list[Optimizer], what: str, group: str) -> float:
-    """Gradient of the loss for the optimizers' own parameters only, then one step of each, if all is finite.
-
-    Raises:
-        DivergedError: the loss or a gradient is not finite; nothing is applied then.
-    """
-    optimizers = [optimizers] if isinstance(optimizers, Optimizer) else optimizers
-    if not loss.requires_grad:
-        raise InputError(
-            f"The {what} does not depend on the model's output in a differentiable way (detached, converted, or made "
-            f"of integers?), so there is nothing to learn from. Compute it from the output with torch operations."
-        )
-    value = loss.item()
-    if not math.isfinite(value):
-        raise _diverged(f"The {what} is {value}", group)
-    parameters = [p for optimizer in optimizers for each in optimizer.param_groups for p in each["params"]]
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    loss.backward(inputs=parameters)
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        raise _diverged(f"The gradient of the {what} is not finite (the loss is {value:g})", group)
-    for optimizer in optimizers:
-        optimizer.step()
-    return value
-
-
-def _diverged(what: str, group: str) -> DivergedError:
-    return DivergedError(
-        f"{what}; the update was not applied. Lower the learning rate of the {group} optimizer, or look for inputs "
-        f"that are not finite in this batch."
-    )
 
 
 def _plus(primal: Any, tangent: Any) -> Any:

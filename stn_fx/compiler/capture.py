@@ -7,6 +7,9 @@ capture fails.
 
 import contextlib
 import dataclasses
+import inspect
+import io
+import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,12 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
+from stn_fx.compiler.as_found import buffers_as_found, left_as_found
+from stn_fx.compiler.casts import ambient_autocast, cast_explicitly
 from stn_fx.compiler.cells import expand_cells
-from stn_fx.compiler.functionalize import functionalize
-from stn_fx.compiler.stand_ins import stand_in
+from stn_fx.compiler.failures import FailingPlace, failing_place, root_cause
+from stn_fx.compiler.functionalize import NO_GRAD, functionalize, module_path
+from stn_fx.compiler.opaque_leaves import one_more, opaque_leaf
+from stn_fx.compiler.preconditions import require_output
+from stn_fx.compiler.recurrent_markers import PACKED_REMEDY, packs_sequences, recurrent_markers
+from stn_fx.compiler.recurrent_networks import expand_recurrent_networks
+from stn_fx.compiler.stand_ins import AllLayersRun, functions_stand_in, stand_in
 from stn_fx.errors import CaptureError, InputError
+from stn_fx.rules.opaque import OpaqueLeaf
 
 aten = torch.ops.aten
 
@@ -63,6 +75,8 @@ class CapturedModel:
     training_flags: tuple[bool, ...] = ()
     constants: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    opaque: list[OpaqueLeaf] = field(default_factory=list)
+    """Modules that run as themselves."""
 
     def batch_size(self, inputs: list[Any]) -> int:
         """Number of examples in flattened inputs."""
@@ -81,19 +95,43 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], bat
     notes: list[str] = []
     flat = _at_least_two_examples(flat, batch_axes, notes)
     args, kwargs = pytree.tree_unflatten(flat, spec)
+    with left_as_found(model):
+        _register_dataclasses(model, args, kwargs)
+    leaves: dict[str, OpaqueLeaf] = {}
+    while True:
+        try:
+            return _capture_around(model, flat, spec, batch_axes, leaves, notes)
+        except CaptureError as error:
+            place = failing_place(error, model) or FailingPlace(error.module, "")
+            if not place.module or place.module in leaves:
+                raise
+            reason = f"{_in_short(root_cause(error))}, {place.line}" if place.line else str(error)
+            with left_as_found(model), buffers_as_found(model):
+                leaves[place.module] = opaque_leaf(model, place.module, reason, flat, spec, batch_axes)
+
+
+def _capture_around(
+    model: nn.Module,
+    flat: list[Any],
+    spec: pytree.TreeSpec,
+    batch_axes: list[int | None],
+    leaves: dict[str, OpaqueLeaf],
+    notes: list[str],
+) -> CapturedModel:
+    """Capture both graphs with ``leaves`` left out."""
+    args, kwargs = pytree.tree_unflatten(flat, spec)
     constants: dict[str, Tensor] = {}
     graphs = {}
-    with _left_as_found(model):
-        _register_dataclasses(model, args, kwargs)
     for training in (True, False):
-        with _left_as_found(model), _markers(model):
+        with left_as_found(model), _markers(model, leaves), recurrent_markers():
             _set_mode(model, training)
             if training:
                 flags = tuple(module.training for module in model.modules())
-            program = _export(model, args, kwargs, flat, batch_axes, training)
+            program = _export(model, args, kwargs, flat, batch_axes, training, notes)
             constants.update({name: value for name, value in program.constants.items() if isinstance(value, Tensor)})
-            graphs[training] = _to_captured(program, training, flat, batch_axes)
-    return CapturedModel(graphs[True], graphs[False], spec, batch_axes, flat, flags, constants, notes)
+            graphs[training] = _to_captured(program, model, training, batch_axes)
+    used = list(leaves.values())
+    return CapturedModel(graphs[True], graphs[False], spec, batch_axes, flat, flags, constants, notes, used)
 
 
 def _export(
@@ -103,32 +141,121 @@ def _export(
     flat: list[Any],
     batch_axes: list[int | None],
     training: bool,
+    notes: list[str],
 ) -> torch.export.ExportedProgram:
+    def export() -> torch.export.ExportedProgram:
+        with _quietly(), _named_keywords(model, kwargs):
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+
     shapes = torch.export.ShapesCollection()
     batch = torch.export.Dim("batch")
     for value, axis in zip(flat, batch_axes, strict=True):
         if axis is not None:
             shapes[value] = {axis: batch}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        return export()
     except Exception as error:
+        if packs_sequences(error):
+            raise CaptureError(f"{type(model).__name__}: {PACKED_REMEDY}") from error
+        if training and isinstance(error, GuardOnDataDependentSymNode):
+            with contextlib.suppress(Exception), AllLayersRun() as draws:
+                program = export()
+                if draws.seen:
+                    notes.append(draws.note)
+                return program
         mode = "training" if training else "evaluation"
+        if "Constraints violated (batch)" in str(error):
+            raise _fixed_batch(model, args, kwargs, flat, batch_axes) from error
         raise CaptureError(
-            f"{type(model).__name__} could not be captured in {mode} mode with a dynamic batch: "
-            f"{_first_lines(error)}\nRemedy: make the forward independent of the data's values and of the batch size "
-            f"(torch.export says where), name the batch axis with batch_axis=, or pass inputs of the usual shape."
+            f"{type(model).__name__} could not be captured in {mode} mode with a dynamic batch{_at(error, model)}.\n"
+            f"Reason: {_first_lines(error)}\nRemedy: make the forward independent of the data's values and of the "
+            f"batch size, name the batch axis with batch_axis=, or pass inputs of the usual shape."
         ) from error
 
 
-def _first_lines(error: Exception, count: int = 8) -> str:
+def _at(error: BaseException, model: nn.Module) -> str:
+    place = failing_place(error, model)
+    return "" if place is None else f", at {place.module or 'the model itself'} ({place.line})"
+
+
+def _fixed_batch(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    flat: list[Any],
+    batch_axes: list[int | None],
+) -> CaptureError:
+    """The model takes batches of one size only; run with one example more, it may say where."""
+    size = next(v.shape[a] for v, a in zip(flat, batch_axes, strict=True) if a is not None)
+    where = ""
+    model.eval()
+    try:
+        more = pytree.tree_unflatten(one_more(flat, batch_axes), pytree.tree_structure((args, kwargs)))
+        with torch.no_grad(), buffers_as_found(model):
+            model(*more[0], **more[1])
+    except Exception as other:
+        where = _at(other, model)
+    return CaptureError(
+        f"{type(model).__name__} fixes the batch size to {size}{where}.\nRemedy: take it from the input where it is "
+        f"needed, as in x.view(x.shape[0], -1), without int(), range() or a loop over the examples; or name the batch "
+        f"axis with batch_axis=, if it is not the one of size {size}."
+    )
+
+
+@contextlib.contextmanager
+def _named_keywords(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Give a forward that takes ``**kwargs`` named arguments: torch.export before 2.13 cannot match shapes then."""
+    signature = inspect.signature(model.forward)
+    collecting = [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+    if not collecting or set(kwargs) <= set(signature.parameters):
+        yield
+        return
+    rest = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    named = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in kwargs if n not in signature.parameters]
+
+    def forward(*args: Any, **keywords: Any) -> Any:
+        return original(*args, **keywords)
+
+    had_own, original = "forward" in vars(model), model.forward
+    forward.__signature__ = signature.replace(parameters=[*rest, *named])  # type: ignore[attr-defined]
+    model.forward = forward
+    try:
+        yield
+    finally:
+        if had_own:
+            model.forward = original
+        else:
+            del model.forward
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without torch's warnings, and without what it logs and prints about a failure: the error says that as well."""
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def _in_short(error: BaseException) -> str:
+    """The usual causes in the user's words."""
+    if "DataDependent" in type(error).__name__:
+        return "a branch or a number that depends on the data's values"
+    return str(error) if isinstance(error, CaptureError) else _first_lines(error, 1)
+
+
+def _first_lines(error: BaseException, count: int = 8) -> str:
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return f"{type(error).__name__}: " + "\n  ".join(lines[:count])
 
 
 def _to_captured(
-    program: torch.export.ExportedProgram, training: bool, flat: list[Any], batch_axes: list[int | None]
+    program: torch.export.ExportedProgram, model: nn.Module, training: bool, batch_axes: list[int | None]
 ) -> CapturedGraph:
     signature = program.graph_signature
     state = {
@@ -139,6 +266,9 @@ def _to_captured(
     graph = _inline_regions(program.graph_module)
     _drop_assertions(graph)
     expand_cells(graph)
+    expand_recurrent_networks(graph)
+    if ambient_autocast(model) is not None or "wrap_with_autocast" in {_operator(node) for node in _all_nodes(program)}:
+        cast_explicitly(graph, model)
     inputs = [node.name for node in graph.nodes if node.op == "placeholder" and node.name not in state]
     graph, updates = functionalize(graph, dict(signature.inputs_to_buffers))
     kept = set(updates.values())
@@ -176,14 +306,20 @@ def _inline_regions(module: torch.fx.GraphModule) -> Graph:
         if node.target.name() not in ("wrap_with_set_grad_enabled", "wrap_with_autocast") or len(bodies) != 1:
             raise CaptureError(
                 f"The forward uses {node.target.name()}, which stn_fx cannot look into. Remedy: write it as plain "
-                f"tensor code, or leave that module out of the captured forward."
+                f"tensor code, or leave that module out of the captured forward.",
+                module_path(node),
             )
         body = env[bodies[0]]
         operands = node.args[node.args.index(bodies[0]) + 1 :]
         holders = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
         inner_env = dict(zip(holders, torch.fx.node.map_arg(operands, lambda n: env[n]), strict=True))
+        without_grad = node.target.name() == "wrap_with_set_grad_enabled" and not node.args[0]
+        if without_grad:
+            for part in body.modules():
+                for inner in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
+                    inner.meta[NO_GRAD] = True
         outputs = copy(body, inner_env)
-        if node.target.name() == "wrap_with_set_grad_enabled" and not node.args[0]:
+        if without_grad:
             outputs = [_detached(graph, output) for output in outputs]
         return list(outputs)
 
@@ -201,6 +337,15 @@ def _detached(graph: Graph, node: Any) -> Any:
     detached = graph.call_function(aten.detach.default, (node,))
     detached.meta = dict(node.meta)
     return detached
+
+
+def _all_nodes(program: torch.export.ExportedProgram) -> Iterator[Node]:
+    for module in program.graph_module.modules():
+        yield from module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ()
+
+
+def _operator(node: Node) -> str:
+    return node.target.name() if isinstance(node.target, torch._ops.HigherOrderOperator) else ""
 
 
 def _drop_assertions(graph: Graph) -> None:
@@ -237,37 +382,8 @@ def _set_mode(model: nn.Module, training: bool) -> None:
 
 
 @contextlib.contextmanager
-def _left_as_found(model: nn.Module) -> Iterator[None]:
-    """Modes, attributes, global generators and the attention fast path as before, whatever happens inside.
-
-    Attributes too: some models cache tensors in forward, and a cached tensor of the tracer would stay in the model.
-    """
-    attributes = {module: _copied_attributes(module) for module in model.modules()}
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(devices=[d for d in devices if d is not None]):
-            torch.backends.mha.set_fastpath_enabled(False)
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module, (values, contents) in attributes.items():
-            module.__dict__.clear()
-            module.__dict__.update(values)
-            for container, content in contents:
-                container.clear()
-                container.update(content)
-
-
-def _copied_attributes(module: nn.Module) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
-    """The module's attributes, and the contents of its dicts and sets (parameters, buffers, hooks, own caches)."""
-    values = dict(module.__dict__)
-    return values, [(value, value.copy()) for value in values.values() if isinstance(value, (dict, set))]
-
-
-@contextlib.contextmanager
-def _markers(model: nn.Module) -> Iterator[None]:
-    """Recognised modules call their marker while this is open."""
+def _markers(model: nn.Module, leaves: dict[str, OpaqueLeaf]) -> Iterator[None]:
+    """Recognised modules and opaque leaves call their marker while this is open."""
     patched = []
     try:
         for module in model.modules():
@@ -275,33 +391,31 @@ def _markers(model: nn.Module) -> Iterator[None]:
             if forward is not None and "forward" not in vars(module):
                 module.__dict__["forward"] = forward
                 patched.append(module)
-        yield
+        for leaf in leaves.values():
+            leaf.module.__dict__["_call_impl"] = leaf.marked  # hooks too belong to what runs as itself
+        with functions_stand_in():
+            yield
     finally:
         for module in patched:
             del module.__dict__["forward"]
+        for leaf in leaves.values():
+            del leaf.module.__dict__["_call_impl"]
 
 
 def _register_dataclasses(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Dataclasses among inputs and outputs must be known to torch's pytree before export."""
-    training = {module: module.training for module in model.modules()}
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), buffers_as_found(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the user hears them when the model runs in earnest
             output = model(*args, **kwargs)
     except Exception as error:
         raise CaptureError(
-            f"{type(model).__name__} does not run on the example inputs: {_first_lines(error, 3)}\nRemedy: pass "
-            f"example_inputs of the shape, dtype and device that the model expects."
+            f"{type(model).__name__} does not run on the example inputs{_at(error, model)}: "
+            f"{_first_lines(error, 3)}\nRemedy: pass example_inputs of the shape, dtype and device that it expects."
         ) from error
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in buffers and not torch.equal(buffer, buffers[name]):
-                    buffer.copy_(buffers[name])
     register_dataclasses(output)
+    require_output(model, output)
 
 
 def register_dataclasses(value: Any) -> None:

@@ -1,6 +1,8 @@
 """Linear computations on a weight before its use: which axis stays the row axis, and how a response passes through."""
 
 import operator
+from collections.abc import Callable
+from numbers import Number
 from typing import Any
 
 import torch
@@ -19,26 +21,44 @@ _RESHAPES = {
     aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten.squeeze.dim,
     aten.unsqueeze.default,
 }  # fmt: skip
+_PRODUCTS = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}
 _SPLITS = {aten.split.Tensor, aten.chunk.default, aten.split_with_sizes.default}
 
 
-def passes_structure(node: Node) -> bool:
-    """Whether a structured response can pass this operator (for some row axis)."""
-    return node.target in _SAME | _SPLITS | _RESHAPES or node.target in (
+def linear_operand(node: Node, is_fixed: Callable[[Any], bool]) -> int | None:
+    """Position of the argument that the operator is linear in, where a structured response can pass it.
+
+    Args:
+        node: any call of an operator.
+        is_fixed: whether a node depends neither on parameters nor on inputs, as the mask of a pruned or causal weight.
+    """
+    if node.target in _SAME | _SPLITS | _RESHAPES or node.target in (
         aten.slice.Tensor,
         aten.t.default,
         aten.transpose.int,
         operator.getitem,
-    )
+    ):
+        return 0
+    if node.target in _PRODUCTS:
+        first, second = node.args[:2]
+        if isinstance(second, Number) or is_fixed(second):
+            return 0
+        return 1 if node.target is aten.mul.Tensor and is_fixed(first) else None
+    if node.target is aten.masked_fill.Scalar:
+        return 0 if node.args[2] == 0 and is_fixed(node.args[1]) else None
+    return None
 
 
-def map_row_axis(node: Node, axis: Any, low_rank: bool) -> Any:
-    """Row axis after the operator, given the one before; None where it does not survive."""
-    source = node.args[0].meta.get("val")
+def map_row_axis(node: Node, operand: int, axis: Any, low_rank: bool) -> Any:
+    """Row axis after the operator that is linear in its argument ``operand``; None where it does not survive."""
+    source = node.args[operand].meta.get("val")  # type: ignore[union-attr]
     if node.target in _SAME | _SPLITS or node.target is aten.slice.Tensor or node.target is operator.getitem:
         return axis
     if not isinstance(source, Tensor):
         return None
+    if node.target in _PRODUCTS or node.target is aten.masked_fill.Scalar:
+        # Masked entries stay zero under every hyperparameter; a mask of full shape has no low rank.
+        return None if low_rank or node.meta["val"].shape != source.shape else axis
     rank = source.ndim
     if node.target is aten.t.default and rank == 2:
         return 1 - axis
@@ -53,9 +73,9 @@ def map_row_axis(node: Node, axis: Any, low_rank: bool) -> Any:
     return None
 
 
-def compose(emit: Emitter, node: Node, change: StructuredChange, axis: int) -> StructuredChange | None:
-    """The change of ``node``'s value, given that of its first argument (whose row axis is ``axis``)."""
-    row_axis = map_row_axis(node, axis, change.left is not None)
+def compose(emit: Emitter, node: Node, operand: int, change: StructuredChange, axis: int) -> StructuredChange | None:
+    """The change of ``node``'s value, given that of its argument ``operand`` (whose row axis is ``axis``)."""
+    row_axis = map_row_axis(node, operand, axis, change.left is not None)
     assert row_axis is not None, "the plan has checked it"
     if node.target is operator.getitem:
         return _pick(emit, node, change, axis)
@@ -66,7 +86,7 @@ def compose(emit: Emitter, node: Node, change: StructuredChange, axis: int) -> S
             return StructuredChange(change.factor, scales_node, row_axis, _cut_rows(emit, node, change.left))
         return StructuredChange(emit.copy_with(node, 0, change.factor), scales_node, row_axis)
     if change.left is None:
-        return StructuredChange(emit.copy_with(node, 0, change.factor), change.scales, row_axis)
+        return StructuredChange(emit.copy_with(node, operand, change.factor), change.scales, row_axis)
     return StructuredChange(_inner_factor(emit, node, change.factor, axis), change.scales, row_axis, change.left)
 
 

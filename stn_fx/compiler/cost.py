@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 from stn_fx.augment.draws import Draws
 from stn_fx.compiler.pipeline import CompiledModel, state_tensors
+from stn_fx.compiler.slots import slots
 
 if TYPE_CHECKING:
     from stn_fx.transform import SelfTuningModule
@@ -54,6 +55,11 @@ _DRAWS = {
     "bernoulli_": 1.0, "bernoulli": 1.0, "native_dropout": 1.0, "rand": 1.0, "rand_like": 1.0, "uniform_": 1.0,
     "randn": 1.0, "normal_": 1.0, "random_": 0.5,
 }  # fmt: skip
+_FUSED_RECURRENT = {
+    "mkldnn_rnn_layer": 1.0, "_cudnn_rnn": 1.0, "mkldnn_rnn_layer_backward": 2.0, "_cudnn_rnn_backward": 2.0,
+}  # fmt: skip
+"""Operators of torch that the registry of flops does not know, and their share of a forward."""
+
 _ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
 
 
@@ -124,8 +130,8 @@ def predict_cost(compiled: CompiledModel, stn: "SelfTuningModule", batch_size: i
 
     def ordinary() -> Any:
         args, kwargs = pytree.tree_unflatten(inputs, compiled.captured.input_spec)
-        own = {name: state[name] for name, _ in (*stn.model.named_parameters(), *stn.model.named_buffers())}
-        return torch.func.functional_call(stn.model, own, args, kwargs)
+        own = {name: state[name] for name, _ in slots(stn.model)}
+        return torch.func.functional_call(stn.model, own, args, kwargs, tie_weights=False)
 
     def linearized() -> Any:
         _, tangents = compiled.linearized_training(detached, response, values_BH, values_BH, draws, *inputs)
@@ -171,12 +177,22 @@ def _work_of(func: Any, args: Any, options: dict[str, Any], output: Any) -> Work
     flops = flop_registry.get(func.overloadpacket)
     traffic = sum(_bytes(t) for t in pytree.tree_leaves((args, options, output)) if isinstance(t, Tensor))
     made = sum(t.numel() for t in pytree.tree_leaves(output) if isinstance(t, Tensor))
+    if name in _FUSED_RECURRENT:
+        counted = _FUSED_RECURRENT[name] * _recurrent_flops(*args)
+    else:
+        counted = float(flops(*args, **options, out_val=output)) if flops is not None else 0.0
     return Work(
-        flops=float(flops(*args, **options, out_val=output)) if flops is not None else 0.0,
+        flops=counted,
         bytes=traffic if traffic > CACHE_BYTES else CACHED * traffic,
         draws=_DRAWS.get(name, 0.0) * made,
         operators=1.0,
     )
+
+
+def _recurrent_flops(x: Tensor, *rest: Any) -> float:
+    """A fused recurrent layer multiplies each of its matrices once for each step and example of x (T, N, F)."""
+    weights = [t for t in pytree.tree_leaves(rest[:4]) if isinstance(t, Tensor) and t.ndim == 2]
+    return 2.0 * x.shape[0] * x.shape[1] * sum(weight.numel() for weight in weights)
 
 
 def _bytes(tensor: Tensor) -> float:

@@ -20,12 +20,13 @@ from torch.utils import _pytree as pytree
 
 from stn_fx.compiler.emit_code import WIDTH, Imports, function_code
 from stn_fx.compiler.pipeline import CompiledModel, state_tensors
-from stn_fx.errors import StnError
+from stn_fx.errors import InputError, StnError
 
 if TYPE_CHECKING:
     from stn_fx.transform import SelfTuningModule
 
 
+_MARK = "Written by stn_fx; do not edit."
 _HEADER = '''\
 """{title}
 
@@ -73,6 +74,7 @@ def emit(compiled: CompiledModel, stn: "SelfTuningModule", path: str | Path) -> 
     """Write the emitted code to ``path`` (a .py file) and the tensors beside it.
 
     Raises:
+        InputError: the file cannot be written, or it exists and is not one of these.
         StnError: the path cannot be the name of a module, or a rule calls a function that cannot be imported by name.
     """
     path = Path(path)
@@ -80,10 +82,24 @@ def emit(compiled: CompiledModel, stn: "SelfTuningModule", path: str | Path) -> 
         raise StnError(
             f"{path} cannot be imported by name. Choose a file such as {path.stem.replace('-', '_')}_stn.py."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if compiled.captured.opaque:
+        names = ", ".join(leaf.name for leaf in compiled.captured.opaque)
+        raise StnError(
+            f"{names} cannot be captured and runs as the module itself, which cannot be written down as code. Remedy: "
+            f"stn-fx inspect reports without writing; training works."
+        )
     tensors = path.with_suffix(".pt")
-    path.write_text(source(compiled, stn, path.stem))
-    torch.save(tensors_of(compiled, stn), tensors)
+    ours = path.is_file() and _MARK in path.read_text(errors="replace")
+    foreign = next((file for file in (path, tensors) if file.exists() and not ours), None)
+    if foreign is not None:
+        raise InputError(f"{foreign} exists and was not written by stn-fx convert. Choose another file, or remove it.")
+    text = source(compiled, stn, path.stem)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        torch.save(tensors_of(compiled, stn), tensors)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError where a file cannot be opened
+        raise InputError(f"{path} cannot be written: {error}. Choose another place.") from error
     return Emitted(path, tensors)
 
 

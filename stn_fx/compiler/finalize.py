@@ -77,7 +77,7 @@ def _place(site: SitePlan, modules: dict[str, nn.Module], plan: Plan) -> tuple[n
 
 
 def _functional_place(site: SitePlan, modules: dict[str, nn.Module], plan: Plan) -> tuple[nn.Module, str] | str:
-    """A functional dropout reads its rate from its module: known where one site and one attribute fit each other."""
+    """A functional dropout reads its rate from its module: known where one value and one attribute fit each other."""
     path, _, _ = site.name.rpartition(".")
     module = modules.get(path)
     if module is None:
@@ -86,7 +86,7 @@ def _functional_place(site: SitePlan, modules: dict[str, nn.Module], plan: Plan)
     rates = [
         name for name, value in vars(module).items() if "drop" in name and _is_rate(value) and value == site.own_rate
     ]
-    if len(siblings) != 1 or len(rates) != 1:
+    if len({other.hyperparameters for other in siblings}) != 1 or len(rates) != 1:
         return f"which attribute of {path or 'the model'} holds the rate of the functional dropout there is not decided"
     return module, rates[0]
 

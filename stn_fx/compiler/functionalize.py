@@ -19,6 +19,9 @@ from stn_fx.rules.structural import copied
 
 aten = torch.ops.aten
 
+NO_GRAD = "captured_under_no_grad"
+"""Mark in a node's meta: what it writes into the model's buffers passes no gradient on."""
+
 _RENAMED = {
     aten.bernoulli_.float: lambda x, p=0.5, **_: (aten.bernoulli.p, (x, p)),
     aten.copy_.default: lambda x, source, *_: (copied, (x, source)),
@@ -50,8 +53,8 @@ class _Functionalizer:
         for node in graph.nodes:
             if node.op == "output":
                 self.graph.output(map_arg(node.args[0], self.current))
-            elif mutates_first_argument(node):
-                self.mutate(node)
+            elif (written := written_argument(node)) is not None:
+                self.mutate(node, written)
             else:
                 self.env[node] = self.graph.node_copy(node, self.current)
                 self.note_alias(node)
@@ -76,15 +79,19 @@ class _Functionalizer:
             self.env[node], self.built[node] = rebuilt, version
         return self.env[node]
 
-    def mutate(self, node: Node) -> None:
+    def mutate(self, node: Node, written: Node) -> None:
+        """Emit the functional form of ``node``, and make its value that of ``written``, the tensor it writes into."""
         target, own_arguments = _functional_form(node)
         arguments = node.args if own_arguments is None else own_arguments
-        options = dict(node.kwargs) if own_arguments is None else {}
+        options = {name: a for name, a in node.kwargs.items() if a is not written} if own_arguments is None else {}
         new = self.graph.call_function(target, map_arg(arguments, self.current), map_arg(options, self.current))
         new.meta = dict(node.meta)
-        root = self.root(node.args[0])
+        root = self.root(written)
+        if root.op == "placeholder" and node.meta.get(NO_GRAD):
+            new = self.graph.call_function(aten.detach.default, (new,))
+            new.meta = dict(node.meta)
         version = self.version[root] = self.version.get(root, 0) + 1
-        view: Any = node.args[0]
+        view: Any = written
         alias = view
         value = new
         while True:
@@ -118,19 +125,22 @@ class _Functionalizer:
         else:
             raise CaptureError(
                 f"{where(view)}: an in-place operator changes a view made by {target}, which cannot be written back "
-                f"into its base. Write the change out of place (x = x.add(...) instead of x.add_(...))."
+                f"into its base. Write the change out of place (x = x.add(...) instead of x.add_(...)).",
+                module_path(view),
             )
         new.meta = dict(parent.meta)
         return new
 
 
-def mutates_first_argument(node: Node) -> bool:
-    """Whether this call writes into its first argument (``batch_norm``'s hidden update is not meant)."""
+def written_argument(node: Node) -> Node | None:
+    """The argument that this call writes into: its first, or ``out=`` (``batch_norm``'s hidden update is not meant)."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return False
+        return None
     arguments = node.target._schema.arguments
+    if arguments and arguments[-1].is_out:
+        return node.kwargs[arguments[-1].name]  # type: ignore[return-value]
     writes = bool(arguments) and arguments[0].alias_info is not None and arguments[0].alias_info.is_write
-    return writes and isinstance(node.args[0], Node)
+    return node.args[0] if writes and isinstance(node.args[0], Node) else None
 
 
 def _functional_form(node: Node) -> tuple[Any, tuple[Any, ...] | None]:
@@ -141,10 +151,26 @@ def _functional_form(node: Node) -> tuple[Any, tuple[Any, ...] | None]:
     packet = getattr(aten, name.rstrip("_"), None) if name.endswith("_") else None
     if packet is not None and overload in packet.overloads():
         return getattr(packet, overload), None
+    without_out = _without_out(node.target)
+    if without_out is not None:
+        return without_out, None
     raise CaptureError(
         f"{where(node)}: {node.target} changes a tensor in place and has no functional counterpart. Write it out of "
-        f"place, or add a rule for the module."
+        f"place, or add a rule for the module.",
+        module_path(node),
     )
+
+
+def _without_out(target: Any) -> Any:
+    """The overload that returns what ``target`` writes into its one ``out=``; None where there is none."""
+    arguments = [(a.name, str(a.type)) for a in target._schema.arguments if not a.is_out]
+    if len(target._schema.arguments) != len(arguments) + 1:
+        return None
+    packet = target.overloadpacket
+    for overload in (getattr(packet, name) for name in packet.overloads()):
+        if [(a.name, str(a.type)) for a in overload._schema.arguments] == arguments:
+            return overload
+    return None
 
 
 def shares_storage(node: Node, other: Node) -> bool:
@@ -152,7 +178,14 @@ def shares_storage(node: Node, other: Node) -> bool:
     left, right = node.meta.get("val"), other.meta.get("val")
     if not isinstance(left, Tensor) or not isinstance(right, Tensor) or node.target is operator.getitem:
         return False
-    return left.untyped_storage()._cdata == right.untyped_storage()._cdata
+    try:
+        return left.untyped_storage()._cdata == right.untyped_storage()._cdata
+    except NotImplementedError as error:
+        raise CaptureError(
+            f"{where(node)}: a torch.func transform (vmap, grad, jvp) inside of a forward cannot be captured. Write it "
+            f"as plain tensor code.",
+            module_path(node),
+        ) from error
 
 
 def _same_elements(view: Node, parent: Node) -> bool:

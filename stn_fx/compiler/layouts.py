@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
 from stn_fx.compiler.capture import CapturedGraph, CapturedModel
 from stn_fx.rules.layout import BatchLayout
 from stn_fx.rules.markers import is_marker
+from stn_fx.rules.tangent import differentiable
 
 aten = torch.ops.aten
 PROBE_EXAMPLES, POISONED = 3, 1
@@ -35,9 +37,11 @@ def analyse_layouts(captured: CapturedGraph, model: CapturedModel, state: dict[s
         value = node.meta.get("val")
         if not isinstance(value, Tensor):
             continue
-        layout = _decide(symbolic_axes(value, captured.batch_symbol), rows.get(node))
+        axes = symbolic_axes(value, captured.batch_symbol)
+        layout = _decide(axes, rows.get(node)) or _of_repeated(node, axes)
         if layout is not None:
             layouts[node] = layout
+    _agree_with_users(layouts, rows)
     return layouts
 
 
@@ -74,6 +78,33 @@ def _decide(axes: dict[int, int | None], rows: dict[int, set[int]] | None) -> Ba
     return fitting[0] if len(fitting) == 1 else None
 
 
+def _of_repeated(node: Node, axes: dict[int, int | None]) -> BatchLayout | None:
+    """``repeat(B, ...)`` of a value that is the same for all examples: one copy after the other, batch-major."""
+    if node.target is not aten.repeat.default or len(axes) != 1:
+        return None
+    ((axis, count),) = axes.items()
+    source = node.args[0].meta["val"]
+    added = len(node.args[1]) - source.ndim
+    rows = source.shape[axis - added] if axis >= added else 1
+    # As many copies as examples, neither more nor fewer, so that a copy is an example's.
+    return BatchLayout(axis, 1, count) if isinstance(rows, int) and count == rows else None
+
+
+def _agree_with_users(layouts: dict[Node, BatchLayout], rows: dict[Node, dict[int, set[int]]]) -> None:
+    """Drop the layout of a repeated value where an operator uses its rows for other examples."""
+    for node in [n for n in layouts if n.target is aten.repeat.default and n not in rows]:
+        layout, seen, frontier = layouts[node], {node}, [node]
+        while frontier:
+            for user in frontier.pop().users:
+                if user in rows:
+                    met = layouts.get(user)
+                    if met is not None and met.outer * met.inner == layout.inner and met.inner != layout.inner:
+                        layouts.pop(node, None)
+                elif user not in seen:
+                    seen.add(user)
+                    frontier.append(user)
+
+
 def _covers(rows: set[int], expected: set[int], outer: int, inner: int) -> bool:
     return outer * inner == 1 or rows == expected
 
@@ -96,29 +127,55 @@ def _poisoned_rows(
             env[node] = _probe_placeholder(node, captured, inputs, state, generator)
             if node.name in inputs and inputs[node.name][1] is not None:
                 depends.add(node)
-                if isinstance(env[node], Tensor) and env[node].is_floating_point():
+                if differentiable(env[node]):
                     _poison(env[node], inputs[node.name][1])
                     carries.add(node)
         else:
             # Sizes carry no example's values: an expanded class token depends on none.
             sources = {n for n in node.all_input_nodes if isinstance(env[n], (Tensor, tuple, list))}
-            env[node] = run_node(node, env)
+            poisoned = {n: env[n] for n in sources & carries}
+            if _is_integer(node.meta.get("val")):  # a NaN would become an index out of range
+                poisoned = {n: torch.nan_to_num(v) if differentiable(v) else v for n, v in poisoned.items()}
+            env[node] = _run_poisoned(node, env | poisoned, captured)
             if sources & depends:
                 depends.add(node)
-            if sources & carries:
+            if sources & carries and not _is_integer(node.meta.get("val")):
                 carries.add(node)
             elif node in depends and _can_poison(node, captured):
                 env[node] = env[node].clone()
                 _poison(env[node], next(iter(symbolic_axes(node.meta["val"], captured.batch_symbol))))
                 carries.add(node)
         value = env[node]
-        if node in carries and isinstance(value, Tensor) and value.is_floating_point():
+        if node in carries and differentiable(value):
             axes = symbolic_axes(node.meta["val"], captured.batch_symbol)
             bad = value.isnan()
             found[node] = {axis: _rows(bad, axis) for axis in axes}
         for done in last_use.get(position, ()):
             env.pop(done, None)
     return found
+
+
+def _run_poisoned(node: Node, env: dict[Node, Any], captured: CapturedGraph) -> Any:
+    """The node's value; where it refuses NaN (decompositions, sampling), another, poisoned where its shape tells."""
+    try:
+        return run_node(node, env)
+    except RuntimeError:  # torch's LinAlgError is one
+        return pytree.tree_map(lambda value: _poisoned_like(value, captured.batch_symbol), node.meta["val"])
+
+
+def _poisoned_like(value: Any, symbol: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    sizes = [int(s.node.expr.subs(symbol, PROBE_EXAMPLES)) if isinstance(s, torch.SymInt) else s for s in value.shape]
+    made = torch.ones(sizes, dtype=value.dtype)
+    axes = symbolic_axes(value, symbol)
+    if differentiable(made) and list(axes.values()) == [1]:
+        _poison(made, next(iter(axes)))
+    return made
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Tensor) and not differentiable(value) and value.dtype != torch.bool
 
 
 def _last_uses(captured: CapturedGraph) -> dict[int, list[Node]]:
@@ -144,7 +201,7 @@ def _poison(value: Tensor, axis: int) -> None:
 
 def _can_poison(node: Node, captured: CapturedGraph) -> bool:
     value = node.meta.get("val")
-    if not isinstance(value, Tensor) or not value.is_floating_point():
+    if not differentiable(value):
         return False
     axes = symbolic_axes(value, captured.batch_symbol)
     return len(axes) == 1 and next(iter(axes.values())) == 1
@@ -161,7 +218,9 @@ def _probe_placeholder(
         return value.index_select(axis, rows)
     tensor = state[captured.state[node.name]].detach()
     if isinstance(state[captured.state[node.name]], torch.nn.Parameter) and tensor.is_floating_point():
-        return torch.rand(tensor.shape, generator=generator).add_(0.5).to(tensor)
+        # Positive, so that nothing cancels; layers keep the size of values, since an overflow would look like poison.
+        fan_in = tensor.numel() / max(1, tensor.shape[0]) if tensor.ndim > 1 else 1.0
+        return torch.rand(tensor.shape, generator=generator).add_(0.5).div_(fan_in).to(tensor)
     return tensor.clone()
 
 

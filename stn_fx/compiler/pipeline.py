@@ -1,7 +1,8 @@
 """The compiler's way of the data, in one place: capture -> analyse -> plan -> rewrite."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,10 +12,13 @@ from torch.utils import _pytree as pytree
 
 from stn_fx.augment.image_format import ImageFormat
 from stn_fx.compiler.capture import CapturedGraph, CapturedModel, capture, register_dataclasses
+from stn_fx.compiler.forward_mode import lacks_forward_mode
+from stn_fx.compiler.functionalize import module_path
 from stn_fx.compiler.insertion import insert_sites
 from stn_fx.compiler.layouts import analyse_layouts, symbolic_axes
 from stn_fx.compiler.plan import Plan
 from stn_fx.compiler.planner import AnalysedGraph, plan_parameters, plan_sites
+from stn_fx.compiler.preconditions import require_batch, require_trainable
 from stn_fx.compiler.rewrite import rewrite
 from stn_fx.compiler.sites import choose_insertions, find_sites
 from stn_fx.compiler.uses import ParameterFlow, find_uses
@@ -22,6 +26,7 @@ from stn_fx.errors import BatchLayoutError, CaptureError, InputError
 from stn_fx.hparams import Selection
 from stn_fx.rules import Registry
 from stn_fx.rules.structure import LowRank
+from stn_fx.rules.tangent import differentiable
 
 BatchAxis = int | Sequence[int | None] | Mapping[str, int | None] | None
 
@@ -40,6 +45,11 @@ class CompiledModel:
     registry: Registry
     predicted_cost: Any = None
     """Filled in by the report, which is the one to ask for it."""
+
+    @cached_property
+    def response_training(self) -> GraphModule:
+        """The response pass on the training graph, with dropout and augmentation; only some variants need it."""
+        return rewrite(self.analysed["training"], self.plan, self.registry, "response")
 
 
 def compile_model(
@@ -60,12 +70,7 @@ def compile_model(
         UnknownHyperparameterError: a selection matches nothing in this model.
         InputError: there is nothing to train, or a colour operation without a format that fits its images.
     """
-    if not any(True for _ in model.parameters()):
-        raise InputError(f"{type(model).__name__} has no parameters, so there is nothing to train or to condition.")
-    if not any(p.requires_grad for p in model.parameters()):
-        raise InputError(
-            f"Every parameter of {type(model).__name__} is frozen (requires_grad=False). Unfreeze those to be trained."
-        )
+    require_trainable(model)
     captured, note = capture_with_batch_axis(model, args, kwargs, batch_axis)
     state = state_tensors(model, captured)
     names = canonical_names(model)
@@ -78,13 +83,16 @@ def compile_model(
         "training": _analyse(captured.training, captured, state, names, registry),
         "evaluation": _analyse(captured.evaluation, captured, state, names, registry),
     }
-    parameters, effective = plan_parameters(model, analysed.values(), registry, response)
-    found, layouts = find_sites(captured.training, model, registry), analysed["training"].layouts
-    weights = {name: p.ndim for name, p in model.named_parameters() if p.requires_grad}
-    sites, hyperparameters = plan_sites(found, selections, layouts, _image_size(captured), weights)
-    plan = Plan(
-        tuple(parameters), tuple(sites), tuple(hyperparameters), effective, (*captured.notes, *([note] if note else []))
-    )
+    parameters, effective = plan_parameters(model, analysed.values(), registry, response, captured.opaque)
+    if not any(each.conditioned for each in parameters):
+        reasons = "; ".join(dict.fromkeys(f"{each.name}: {each.reason}" for each in parameters[:8]))
+        raise CaptureError(f"No parameter of {type(model).__name__} can respond to hyperparameters. {reasons}")
+    found = find_sites(captured.training, model, registry)
+    weights = [name for name, p in model.named_parameters() if p.requires_grad]
+    sites, hyperparameters, chosen = plan_sites(found, selections, analysed["training"], _image_size(captured), weights)
+    fallbacks = _fallback_notes(captured, analysed.values(), registry)
+    notes = (*captured.notes, *([note] if note else []), *chosen, *fallbacks)
+    plan = Plan(tuple(parameters), tuple(sites), tuple(hyperparameters), effective, notes)
     return CompiledModel(
         plan,
         captured,
@@ -95,6 +103,25 @@ def compile_model(
         rewrite(analysed["evaluation"], plan, registry, "response"),
         registry,
     )
+
+
+def _fallback_notes(captured: CapturedModel, graphs: Iterable[AnalysedGraph], registry: Registry) -> Iterator[str]:
+    """What did not go the usual way, for the report."""
+    for leaf in captured.opaque:
+        by = "" if leaf.forward_mode else ", tangents pass through it by central differences"
+        yield (
+            f"{leaf.name} runs as itself, since it cannot be captured ({leaf.reason}): its parameters are trained but "
+            f"do not respond, its dropouts keep their rates{by}"
+        )
+    lacking = {
+        f"{node.target} at {module_path(node) or 'the model'}"
+        for graph in graphs
+        for node in graph.captured.graph.nodes
+        if any(n in graph.flow.carries_batch and differentiable(n.meta.get("val")) for n in node.all_input_nodes)
+        and lacks_forward_mode(node, registry)
+    }
+    if lacking:
+        yield f"no forward mode, so tangents pass by central differences: {', '.join(sorted(lacking))}"
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:
@@ -141,9 +168,8 @@ def capture_with_batch_axis(
     The second value is a note for the report, empty where there is nothing to say.
     """
     register_dataclasses((args, kwargs))
+    require_batch(args, kwargs)
     flat = pytree.tree_leaves((args, kwargs))
-    if not any(isinstance(value, Tensor) and value.ndim for value in flat):
-        raise InputError("The example inputs hold no tensor with a batch axis. Pass a batch as the model takes it.")
     if batch_axis is not None:
         captured = capture(model, args, kwargs, _named_axes(flat, batch_axis))
         if not _outputs_are_decided(model, captured):
@@ -154,22 +180,21 @@ def capture_with_batch_axis(
         return captured, ""
     failure: Exception | None = None
     captured = None
-    for axis in (0, 1):
-        axes = _common_axes(flat, axis)
-        if axes is None:
-            continue
+    for axes in _candidate_axes(flat):
         try:
             captured = capture(model, args, kwargs, axes)
         except CaptureError as error:
             failure = failure or error
             continue
         if _outputs_are_decided(model, captured):
-            return captured, "" if axis == 0 else "batch axis 1 of the inputs was found by the dependency probe"
+            return captured, _note_on(axes)
     if failure is not None and captured is None:
         raise failure
     raise BatchLayoutError(
         f"No axis of the inputs of {type(model).__name__} can be the batch: along axis 0 and 1 the examples are not "
-        f"independent in the outputs. Name it with batch_axis= (an int, or one per input)."
+        f"independent in the outputs, or the outputs have no axis for them. Return one row per example, or name the "
+        f"axis with batch_axis= (an int, or one per input). Outputs that compare examples with each other, as a "
+        f"contrastive loss needs them, have none: leave them out of the forward."
     )
 
 
@@ -182,6 +207,35 @@ def _named_axes(flat: list[Any], batch_axis: Any) -> list[int | None]:
             f"batch_axis has {len(given)} entries, but there are {len(flat)} inputs: one for each, or one int."
         )
     return given
+
+
+def _candidate_axes(flat: list[Any]) -> Iterator[list[int | None]]:
+    """Batch axes to try: one for all inputs, then inputs that differ, as the states (L, B, H) of recurrent networks."""
+    tried: list[list[int | None]] = []
+    for choose in (_common_axes, _differing_axes):
+        for axis in (0, 1):
+            axes = choose(flat, axis)
+            if axes is not None and axes not in tried:
+                tried.append(axes)
+                yield axes
+
+
+def _differing_axes(flat: list[Any], axis: int) -> list[int | None] | None:
+    """``axis`` for the first tensor; for the others the last of their axes 0 and 1 that has its size there."""
+    first = next((v for v in flat if isinstance(v, Tensor) and v.ndim), None)
+    if first is None or first.ndim <= axis:
+        return None
+    size = first.shape[axis]
+    fitting = [[a for a in (0, 1) if isinstance(v, Tensor) and v.ndim > a and v.shape[a] == size] for v in flat]
+    return [axis if v is first else (axes[-1] if axes else None) for v, axes in zip(flat, fitting, strict=True)]
+
+
+def _note_on(axes: list[int | None]) -> str:
+    if not any(axes):
+        return ""
+    if len({axis for axis in axes if axis is not None}) == 1:
+        return "batch axis 1 of the inputs was found by the dependency probe"
+    return f"batch axes {axes} of the inputs were found by the dependency probe"
 
 
 def _common_axes(flat: list[Any], axis: int) -> list[int | None] | None:

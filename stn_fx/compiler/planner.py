@@ -1,7 +1,8 @@
 """From captured graphs and the user's selections to the plan."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,12 +10,14 @@ from torch.fx import Node
 
 from stn_fx.compiler.capture import CapturedGraph
 from stn_fx.compiler.plan import ParameterPlan, SitePlan
+from stn_fx.compiler.precedence import acting_selections, precedence_notes
 from stn_fx.compiler.sites import FoundSite
 from stn_fx.compiler.uses import GraphUses, ParameterFlow, WeightUse, effective_name, row_axes
 from stn_fx.errors import BatchLayoutError, UnknownHyperparameterError
 from stn_fx.hparams import ResolvedHyperparameter, Selection, SiteContext, resolve
 from stn_fx.rules import Registry
 from stn_fx.rules.layout import BatchLayout
+from stn_fx.rules.opaque import OpaqueLeaf
 from stn_fx.rules.structure import LowRank
 
 EXACT_LIMIT = 2**16
@@ -32,43 +35,65 @@ class AnalysedGraph:
 
 
 def plan_parameters(
-    model: nn.Module, graphs: Iterable[AnalysedGraph], registry: Registry, response: LowRank | None
+    model: nn.Module,
+    graphs: Iterable[AnalysedGraph],
+    registry: Registry,
+    response: LowRank | None,
+    opaque: Iterable[OpaqueLeaf] = (),
 ) -> tuple[list[ParameterPlan], dict[str, dict[str, str]]]:
     """Plan of every parameter and effective weight, and where the effective weights stand in each graph."""
     graphs = list(graphs)
-    plans = [_plan_parameter(name, p, graphs, registry, response) for name, p in model.named_parameters()]
-    effective, where = _plan_effective(graphs, registry, response)
+    inside = {id(p): leaf.name for leaf in opaque for p in leaf.module.parameters()}
+    plans = [
+        _plan_parameter(name, p, graphs, registry, response, inside.get(id(p))) for name, p in model.named_parameters()
+    ]
+    effective, where = _plan_effective(graphs, registry, response, {plan.name for plan in plans})
     through = _through(graphs, where)
     plans = [_covered(plan, through.get(plan.name, ())) for plan in plans]
     return plans + effective, where
 
 
 def _plan_parameter(
-    name: str, parameter: Tensor, graphs: list[AnalysedGraph], registry: Registry, response: LowRank | None
+    name: str,
+    parameter: Tensor,
+    graphs: list[AnalysedGraph],
+    registry: Registry,
+    response: LowRank | None,
+    opaque: str | None,
 ) -> ParameterPlan:
     shape = tuple(parameter.shape)
     weights = [use for graph in graphs for use in graph.uses.weights.get(name, [])]
     general = [use for graph in graphs for use in graph.uses.general.get(name, [])]
-    count = len(graphs[-1].uses.weights.get(name, [])) + len(graphs[-1].uses.general.get(name, []))
+    calls = len(graphs[-1].uses.weights.get(name, [])) + len(graphs[-1].uses.general.get(name, []))
     if not parameter.requires_grad:
-        return ParameterPlan(name, shape, "frozen", uses=count, reason="requires_grad is False, so it does not respond")
+        return ParameterPlan(name, shape, "frozen", uses=calls, reason="requires_grad is False, so it does not respond")
     if not parameter.is_floating_point():
-        return ParameterPlan(name, shape, "none", uses=count, reason=f"its dtype is {parameter.dtype}")
+        return ParameterPlan(name, shape, "none", uses=calls, reason=f"its dtype is {parameter.dtype}")
+    if opaque is not None:
+        return ParameterPlan(name, shape, "none", uses=calls, reason=f"{opaque} cannot be captured and runs as itself")
+    if any(name in graph.uses.without_gradient for graph in graphs if graph.captured.training):
+        reason = "it reaches the output behind a detach or an integer only, so no gradient could teach its response"
+        return ParameterPlan(name, shape, "none", uses=calls, reason=reason)
     reasons = [reason for _, reason in general if reason]
     if reasons:
-        return ParameterPlan(name, shape, "none", uses=count, reason=reasons[0])
+        return ParameterPlan(name, shape, "none", uses=calls, reason=reasons[0])
     if weights and not general:
         plan = _structured(name, shape, weights, registry, response)
         if plan is not None:
             return plan
     if not weights and not general:
-        return ParameterPlan(name, shape, "none", reason="the forward does not use it")
+        used = any(name in graph.uses.through for graph in graphs)
+        reason = "the weight made from it has no counterpart in both modes" if used else "the forward does not use it"
+        return ParameterPlan(name, shape, "none", reason=reason)
     consumer = general[0][0] if general else weights[0].consumer
     rule = registry.find(consumer)
     if parameter.numel() > EXACT_LIMIT:
-        reason = f"no rule conditions its use by {consumer.target}, and {parameter.numel():,} scalars are too many for the exact Jacobian"  # noqa: E501
-        return ParameterPlan(name, shape, "none", uses=count, reason=reason)
-    return ParameterPlan(name, shape, "exact", rule=rule.name if rule else "any operator, per example", uses=count)
+        reason = (
+            f"no rule conditions its use by {consumer.target}, and {parameter.numel():,} scalars are too many for the "
+            f"exact Jacobian"
+        )
+        return ParameterPlan(name, shape, "none", uses=calls, reason=reason)
+    return ParameterPlan(name, shape, "exact", rule=rule.name if rule else "any operator, per example", uses=calls)
 
 
 def _structured(
@@ -112,7 +137,8 @@ def _low_rank_is_smaller(shape: tuple[int, ...], axis: int, uses: list[WeightUse
 
 
 def _groups(node: Node) -> int:
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    schema = getattr(node.target, "_schema", None)
+    names = [a.name for a in schema.arguments] if schema is not None else []
     if "groups" not in names:
         return 1
     position = names.index("groups")
@@ -120,15 +146,19 @@ def _groups(node: Node) -> int:
 
 
 def _plan_effective(
-    graphs: list[AnalysedGraph], registry: Registry, response: LowRank | None
+    graphs: list[AnalysedGraph], registry: Registry, response: LowRank | None, parameters: set[str]
 ) -> tuple[list[ParameterPlan], dict[str, dict[str, str]]]:
     plans: dict[str, ParameterPlan] = {}
     where: dict[str, dict[str, str]] = {}
     for graph in graphs:
         kind = "training" if graph.captured.training else "evaluation"
         where[kind] = {}
+        taken: set[str] = set()
         for node, uses in graph.uses.effective.items():
-            name = effective_name(uses[0], graph.flow)
+            # In the order of the graph, which is the same in both modes; never the name of an unrelated parameter.
+            foreign = parameters - graph.flow.sources[node]
+            name = _unused_name(effective_name(uses[0], graph.flow), taken | foreign)
+            taken.add(name)
             shape = tuple(int(size) for size in node.meta["val"].shape)
             plan = _structured(name, shape, uses, registry, response)
             if plan is not None and plans.get(name, plan).shape == shape:
@@ -137,6 +167,11 @@ def _plan_effective(
     both = set(where["training"].values()) & set(where["evaluation"].values())
     where = {kind: {node: name for node, name in found.items() if name in both} for kind, found in where.items()}
     return [plan for name, plan in plans.items() if name in both], where
+
+
+def _unused_name(name: str, taken: set[str]) -> str:
+    """The name, or the first of name_2, name_3, ... that is free."""
+    return name if name not in taken else next(n for i in count(2) if (n := f"{name}_{i}") not in taken)
 
 
 def _through(graphs: list[AnalysedGraph], where: dict[str, dict[str, str]]) -> dict[str, tuple[str, ...]]:
@@ -159,33 +194,39 @@ def _covered(plan: ParameterPlan, through: tuple[str, ...]) -> ParameterPlan:
 def plan_sites(
     found: list[FoundSite],
     selections: list[Selection],
-    layouts: dict[Node, BatchLayout],
+    graph: AnalysedGraph,
     image_size: Any,
-    weights: Mapping[str, int] | None = None,
-) -> tuple[list[SitePlan], list[ResolvedHyperparameter]]:
-    """Which hyperparameter acts at which site; ``weights`` tells the number of axes of each trained parameter.
+    weights: Collection[str] = (),
+) -> tuple[list[SitePlan], list[ResolvedHyperparameter], list[str]]:
+    """Which hyperparameter acts at which site of the training graph, and notes for the report.
+
+    A value that depends on parameters only is the same for every example, and so are its dropouts. ``weights`` are the
+    names of the trained parameters, for terms of the loss with a pattern.
 
     Raises:
+        InputError: several selections choose one site, and none is more specific.
         UnknownHyperparameterError: a selection that matches nothing, all of them together.
         BatchLayoutError: a selected site whose batch layout is undecided.
     """
+    layouts, shared = graph.layouts, {site.node for site in found if site.node not in graph.flow.carries_batch}
     hyperparameters: dict[str, ResolvedHyperparameter] = {}
     acting: dict[str, tuple[tuple[str, str], ...]] = {}
     options: dict[str, dict[str, bool | int]] = {}
     undecided: list[str] = []
     missed: list[str] = []
+    winners = acting_selections(found, selections)
     for selection in selections:
-        sites = [site for site in found if _selected(site, selection)]
+        sites = [site for site, winner in winners.items() if winner is selection and site.node not in shared]
         without_site = selection.entry.kind in ("loss", "mixing")
         if not sites and not without_site:
             if selection.required:
                 missed.append(_missed(selection, found))
             continue
         if without_site:
-            if selection.pattern is not None and not any(selection.matches(name) for name in weights or ()):
+            if selection.pattern is not None and not any(selection.matches(name) for name in weights):
                 missed.append(
                     f"{selection.text!r} matches no trained parameter. Their names begin with: "
-                    f"{', '.join(sorted({name.split('.')[0] for name in weights or ()}))}."
+                    f"{', '.join(sorted({name.split('.')[0] for name in weights}))}."
                 )
                 continue
             for each in resolve(selection, SiteContext(image_size=image_size)):
@@ -193,8 +234,6 @@ def plan_sites(
             continue
         active = max((site.own_rate for site in sites), default=0.0)
         for site in sites:
-            if site.name in acting and site.entry == selection.entry.name and _taken(site, acting):
-                continue
             if site.node not in layouts:
                 undecided.append(f"{selection.entry.name} at {site.name}")
                 continue
@@ -214,24 +253,20 @@ def plan_sites(
     plans = [
         SitePlan(
             site.name, site.entry, site.node.name, site.own_rate, site.inserted, layouts.get(site.node),
-            acting.get(_key(site), ()), "" if _key(site) in acting else "no hyperparameter was asked for here",
-            options.get(_key(site), {}),
+            acting.get(_key(site), ()),
+            "" if _key(site) in acting else _SHARED if site.node in shared else _UNASKED, options.get(_key(site), {}),
         )
         for site in found
     ]  # fmt: skip
-    return plans, list(hyperparameters.values())
+    return plans, list(hyperparameters.values()), list(precedence_notes(winners, selections))
+
+
+_UNASKED = "no hyperparameter was asked for here"
+_SHARED = "it depends on parameters only, so its value has no batch axis; it drops for all examples alike"
 
 
 def _key(site: FoundSite) -> str:
     return f"{site.entry}:{site.node.name}"
-
-
-def _taken(site: FoundSite, acting: dict[str, Any]) -> bool:
-    return _key(site) in acting
-
-
-def _selected(site: FoundSite, selection: Selection) -> bool:
-    return site.entry == selection.entry.name and selection.matches(site.name)
 
 
 def _missed(selection: Selection, found: list[FoundSite]) -> str:

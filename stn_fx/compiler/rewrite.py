@@ -5,10 +5,13 @@ response parameters by name, constrained hyperparameters (B, H), displacements (
 and the flattened inputs.
 """
 
+import importlib
+import inspect
 import math
 import operator
 import re
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -17,7 +20,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from stn_fx.compiler.compose import compose, map_row_axis, passes_structure
+from stn_fx.compiler.compose import compose, linear_operand, map_row_axis
+from stn_fx.compiler.forward_mode import lacks_forward_mode
 from stn_fx.compiler.functionalize import module_path
 from stn_fx.compiler.layouts import unit_size
 from stn_fx.compiler.plan import ParameterPlan, Plan, SitePlan
@@ -26,7 +30,7 @@ from stn_fx.rules import Registry, Rule
 from stn_fx.rules.per_example import per_example, per_example_tangent
 from stn_fx.rules.rule import Layout, StructuredChange
 from stn_fx.rules.structure import exact_change, row_scales
-from stn_fx.rules.tangent import linearize
+from stn_fx.rules.tangent import differentiable, linearize
 
 aten = torch.ops.aten
 SIGNATURE = ("state", "response", "values", "delta", "draws")
@@ -64,6 +68,9 @@ class GraphEmitter:
         self.sites: dict[str, SitePlan] = {site.node: site for site in plan.sites} if self.captured.training else {}
         self.effective = plan.effective.get("training" if self.captured.training else "evaluation", {})
         self.origin: Node | None = None
+        values = [node.meta.get("val") for node in self.captured.graph.nodes]
+        dtypes = {value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()}
+        self.mixed_precision = len(dtypes) > 1
 
     # ---- the walk
 
@@ -76,6 +83,8 @@ class GraphEmitter:
             self.origin = node
             if node.op == "call_function":
                 self._emit(node)
+                if self.mixed_precision and node in self.flow.carries_batch:
+                    self._keep_dtype(node)
             elif node.op == "output":
                 self._output(node)
         return self.graph
@@ -92,10 +101,21 @@ class GraphEmitter:
             self._emit_item(node)
         elif self._needs_general_way(node, rule):
             self._emit_per_example(node)
+        elif self.kind == "response" and self.captured.training and rule is not None and _is_site(node, rule):
+            self.values[node] = rule.base(self, node)  # sites hold no parameters: what responds is their input
         elif self.kind == "response":
             self.values[node] = rule.respond(self, node) if rule is not None else self.copy(node)
         else:
             self._emit_linearized(node, rule)
+
+    def _keep_dtype(self, node: Node) -> None:
+        """Response parameters are in full precision; what they enter stays in the dtype that the model computes in."""
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return
+        for table in (self.values, self.tangents) if self.kind == "linearized" else (self.values,):
+            if isinstance(table.get(node), Node):
+                table[node] = self.call(aten.to.dtype, table[node], value.dtype)
 
     def _emit_linearized(self, node: Node, rule: Rule | None) -> None:
         if rule is not None:
@@ -125,10 +145,11 @@ class GraphEmitter:
             return None
         arguments, options = self._call_arguments(node)
         outputs = node.meta.get("val")
-        result = self.call(operator_tangent, node.target, arguments, options, tangents)
+        forward_mode = {"forward_mode": False} if lacks_forward_mode(node, self.registry) else {}
+        result = self.call(operator_tangent, node.target, arguments, options, tangents, **forward_mode)
         if not isinstance(outputs, (tuple, list)):
             return result
-        floating = [i for i, v in enumerate(outputs) if isinstance(v, Tensor) and v.is_floating_point()]
+        floating = [i for i, v in enumerate(outputs) if differentiable(v)]
         parts: list[Any] = [None] * len(outputs)
         for position, index in enumerate(floating):
             parts[index] = self.item(result, position) if len(floating) > 1 else result
@@ -137,6 +158,13 @@ class GraphEmitter:
     # ---- values that depend on parameters only
 
     def _emit_without_batch(self, node: Node) -> None:
+        rule = self.registry.find(node)
+        own = rule.without_batch(self, node) if rule is not None else None
+        if own is not None:
+            self.values[node], stack = own
+            if stack is not None:
+                self.stacks[node] = stack
+            return
         self.values[node] = self.copy(node)
         sources = [n for n in node.all_input_nodes if self.stack(n) is not None]
         if not sources or node.target is aten.detach.default or not self.floating(node):
@@ -182,9 +210,12 @@ class GraphEmitter:
             tangents.append(stack if stack is not None else self.tangent(leaf))
             filled.append(stack if stack is not None and as_values else self.value(leaf))
         arguments, options = pytree.tree_unflatten(filled, spec)
+        target: Any = node.target
+        if isinstance(target, FunctionType):  # fx writes operators as arguments, but not functions
+            target = self.call(function_by_name, target.__module__, target.__name__)
         if as_values:
-            return self.call(per_example, node.target, arguments, options, modes, out)
-        return self.call(per_example_tangent, node.target, arguments, options, modes, tangents, out)
+            return self.call(per_example, target, arguments, options, modes, out)
+        return self.call(per_example_tangent, target, arguments, options, modes, tangents, out)
 
     def _mode(self, leaf: Node) -> Any:
         return tuple(self.layouts[leaf]) if leaf in self.flow.carries_batch and leaf in self.layouts else "shared"
@@ -241,12 +272,13 @@ class GraphEmitter:
         plan = self._plan_of(node)
         if plan is not None:
             return self._own_change(plan) if plan.structure in ("row-wise", "low-rank") else None
-        if node.op != "call_function" or not passes_structure(node) or node in self.flow.carries_batch:
+        if node.op != "call_function" or node in self.flow.carries_batch:
             return None
-        parent = self.structured(node.args[0])
-        if parent is None or map_row_axis(node, parent.row_axis, parent.left is not None) is None:
+        operand = linear_operand(node, self.flow.is_fixed)
+        parent = None if operand is None else self.structured(node.args[operand])
+        if parent is None or map_row_axis(node, operand, parent.row_axis, parent.left is not None) is None:
             return None
-        return compose(self, node, parent, parent.row_axis)
+        return compose(self, node, operand, parent, parent.row_axis)
 
     def _own_change(self, plan: ParameterPlan) -> StructuredChange:
         scales = self.call(row_scales, self._fetch("response", f"{plan.name}.V"), self.holders["delta"])
@@ -270,7 +302,7 @@ class GraphEmitter:
     def floating(self, node: Node) -> bool:
         value = node.meta.get("val")
         values = value if isinstance(value, (tuple, list)) else [value]
-        return any(isinstance(each, Tensor) and each.is_floating_point() for each in values)
+        return any(differentiable(each) for each in values)
 
     def static_size(self, node: Node, axis: int) -> int:
         return int(node.meta["val"].shape[axis])
@@ -303,7 +335,10 @@ class GraphEmitter:
 
     def _argument_names(self, node: Node) -> list[str]:
         schema = getattr(node.target, "_schema", None)
-        return [a.name for a in schema.arguments] if schema is not None else [f"argument_{i}" for i in range(9)]
+        if schema is not None:
+            return [a.name for a in schema.arguments]
+        # Functions of stn_fx's own, such as sites; of the builtins only getitem, which is not asked for names.
+        return list(inspect.signature(node.target).parameters) if isinstance(node.target, FunctionType) else []
 
     def argument_name(self, node: Node, position: int) -> str:
         return self._argument_names(node)[position]
@@ -363,16 +398,27 @@ class GraphEmitter:
         self.graph.output((values, [self.tangent(result) for result in results]))
 
 
+def _is_site(node: Node, rule: Rule) -> bool:
+    return "site_entry" in node.meta or bool(getattr(rule, "site", ""))
+
+
+def function_by_name(module: str, name: str) -> Callable[..., Any]:
+    """A function at the top level of a module."""
+    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+
+
 def hyperparameter_column(values_BH: Tensor, index: int) -> Tensor:
     """Constrained values (B,) of one hyperparameter."""
     return values_BH[:, index]
 
 
-def operator_tangent(target: Any, arguments: list[Any], options: dict[str, Any], tangents: list[Any]) -> Any:
+def operator_tangent(
+    target: Any, arguments: list[Any], options: dict[str, Any], tangents: list[Any], forward_mode: bool = True
+) -> Any:
     """Tangent of any operator; ``tangents`` has one entry (or None) for each tensor in the arguments."""
     leaves, spec = pytree.tree_flatten((arguments, options))
     where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    floating = [(i, t) for i, t in zip(where, tangents, strict=True) if leaves[i].is_floating_point()]
+    floating = [(i, t) for i, t in zip(where, tangents, strict=True) if differentiable(leaves[i])]
 
     def on_tensors(*values: Tensor) -> Any:
         filled = list(leaves)
@@ -381,7 +427,8 @@ def operator_tangent(target: Any, arguments: list[Any], options: dict[str, Any],
         positional, keywords = pytree.tree_unflatten(filled, spec)
         return target(*positional, **keywords)
 
-    return linearize(on_tensors, tuple(leaves[i] for i, _ in floating), tuple(t for _, t in floating))
+    primals, directions = tuple(leaves[i] for i, _ in floating), tuple(t for _, t in floating)
+    return linearize(on_tensors, primals, directions, forward_mode)
 
 
 def _identifier(name: str) -> str:

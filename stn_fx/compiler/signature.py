@@ -27,8 +27,22 @@ def _leaf(value: Any, batch_axis: int | None) -> Any:
 
 
 def module_signature(model: nn.Module) -> Signature:
-    """Device and dtype of every parameter; not what is frozen, which differs under ``functional_call``."""
-    return tuple((p.device, p.dtype) for p in model.parameters())
+    """What a graph has baked in of the model: dtype and device of its parameters, its layers, hooks and plain settings.
+
+    Settings are numbers and texts that a forward may read (a rate, a temperature, a counter); not what is frozen, which
+    differs under ``functional_call``.
+    """
+    parameters = tuple((p.device, p.dtype) for p in model.parameters())
+    return parameters, tuple(_module(module) for module in model.modules())
+
+
+def _module(module: nn.Module) -> Signature:
+    settings = tuple(
+        (name, value)
+        for name, value in vars(module).items()
+        if isinstance(value, (int, float, str)) and name not in ("training", "_is_full_backward_hook")
+    )
+    return type(module), tuple(module._forward_hooks), tuple(module._forward_pre_hooks), settings
 
 
 def training_flags(model: nn.Module) -> Signature:

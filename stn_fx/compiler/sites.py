@@ -169,6 +169,7 @@ def _residual_branches(captured: CapturedGraph) -> list[Any]:
     for node in captured.graph.nodes:
         below = max((depth.get(n, 0) for n in node.all_input_nodes), default=0)
         depth[node] = below + (_operator_name(node) in _LAYERS)
+    lineage = _lineages(captured)
     branches = []
     for node in captured.graph.nodes:
         if node.target not in _ADDITIONS or not _is_activation(node, captured):
@@ -177,32 +178,21 @@ def _residual_branches(captured: CapturedGraph) -> list[Any]:
         if len(operands) != 2 or operands[0].meta["val"].shape != operands[1].meta["val"].shape:
             continue
         branch, skip = sorted(operands, key=lambda n: (depth[n], order[n]), reverse=True)
-        if depth[branch] > depth[skip] and _share_an_ancestor(branch, skip):
+        # Both operands come from one activation: the skip lies on the branch's way, or its source does.
+        if depth[branch] > depth[skip] and lineage[branch] & lineage[skip]:
             branches.append((module_path(node) or node.name, branch, (node,)))
     return branches
 
 
-def _share_an_ancestor(branch: Node, skip: Node) -> bool:
-    """Whether both operands come from one activation: the skip itself lies on the branch's way, or its source does."""
-    above, frontier = set(), [branch]
-    while frontier:
-        node = frontier.pop()
+def _lineages(captured: CapturedGraph) -> dict[Node, int]:
+    """For every node, itself and all values that it comes from, parameters apart, as the bits of one number."""
+    lineage: dict[Node, int] = {}
+    for position, node in enumerate(captured.graph.nodes):
+        own = 0 if node.name in captured.state else 1 << position
         for source in node.all_input_nodes:
-            if source not in above:
-                above.add(source)
-                frontier.append(source)
-    return skip in above or any(source in above and source.op != "get_attr" for source in _sources(skip))
-
-
-def _sources(node: Node) -> list[Node]:
-    found, frontier = [], [node]
-    while frontier:
-        current = frontier.pop()
-        for source in current.all_input_nodes:
-            if source.op == "call_function" or not source.name.startswith(("p_", "b_", "c_")):
-                found.append(source)
-                frontier.append(source)
-    return found
+            own |= lineage[source]
+        lineage[node] = own
+    return lineage
 
 
 def _classifier(captured: CapturedGraph) -> Node | None:

@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.fx import Node
 
 from stn_fx.compiler.capture import CapturedGraph
-from stn_fx.compiler.compose import map_row_axis, passes_structure
+from stn_fx.compiler.compose import linear_operand, map_row_axis
+from stn_fx.compiler.forward_mode import lacks_forward_mode
 from stn_fx.compiler.functionalize import module_path
 from stn_fx.compiler.layouts import symbolic_axes
-from stn_fx.rules import Registry
+from stn_fx.rules import Registry, Rule
 from stn_fx.rules.layout import BatchLayout
+from stn_fx.rules.tangent import differentiable
 
 aten = torch.ops.aten
 
@@ -29,8 +31,8 @@ class WeightUse:
     consumer: Node
     position: int
     weight: Node
-    chain: list[Node] = field(default_factory=list)
-    """Operators from the parameter to ``weight``, in order; empty for a direct use."""
+    chain: list[tuple[Node, int]] = field(default_factory=list)
+    """Operators from the parameter to ``weight``, in order, each with the argument that it is linear in."""
 
 
 @dataclass
@@ -43,6 +45,8 @@ class GraphUses:
     """Parameter -> the effective weights that depend on it."""
     general: dict[str, list[tuple[Node, str]]] = field(default_factory=dict)
     """Parameter -> (node, reason why it cannot be conditioned there, or "")."""
+    without_gradient: set[str] = field(default_factory=set)
+    """Parameters that reach the output behind a ``detach`` or an integer only."""
 
 
 class ParameterFlow:
@@ -69,7 +73,7 @@ class ParameterFlow:
         if shaped or any(n in self.carries_batch for n in tensors):
             self.carries_batch.add(node)
             return
-        if node.target is aten.detach.default or (isinstance(value, Tensor) and not value.is_floating_point()):
+        if node.target is aten.detach.default or (isinstance(value, Tensor) and not differentiable(value)):
             return
         sources = set().union(*(self.sources.get(n, set()) for n in tensors))
         if sources:
@@ -78,6 +82,10 @@ class ParameterFlow:
     def parameter_only(self, argument: object) -> bool:
         """Whether this value depends on parameters and on no input."""
         return isinstance(argument, Node) and argument in self.sources
+
+    def is_fixed(self, argument: object) -> bool:
+        """Whether this value depends neither on parameters nor on inputs."""
+        return isinstance(argument, Node) and argument not in self.sources and argument not in self.carries_batch
 
 
 def find_uses(
@@ -96,7 +104,23 @@ def find_uses(
         for argument in consumer.all_input_nodes:
             if flow.parameter_only(argument):
                 _classify(uses, flow, consumer, argument, layouts, registry)
+    uses.without_gradient = _without_gradient(captured, flow)
     return uses
+
+
+def _without_gradient(captured: CapturedGraph, flow: ParameterFlow) -> set[str]:
+    reached, consumed = set(), set()
+    learning: set[Node] = set()
+    for node in reversed(captured.graph.nodes):
+        value = node.meta.get("val")
+        stops = node.target is aten.detach.default or (isinstance(value, Tensor) and not differentiable(value))
+        if node.op == "output" or (node in learning and not stops):
+            learning.update(node.all_input_nodes)
+        if node in flow.carries_batch:
+            names = set().union(*(flow.sources.get(argument, set()) for argument in node.all_input_nodes))
+            consumed |= names
+            reached |= names if node in learning and not stops else set()
+    return consumed - reached
 
 
 def _classify(
@@ -107,37 +131,54 @@ def _classify(
     layouts: dict[Node, BatchLayout],
     registry: Registry,
 ) -> None:
-    reason = _undecided(consumer, flow, layouts)
-    position = consumer.args.index(argument) if argument in consumer.args else -1
+    barred = _barred(consumer, argument, flow, registry)
     rule = registry.find(consumer)
+    reason = _undecided(consumer, rule, flow, layouts)
+    position = consumer.args.index(argument) if argument in consumer.args else -1
     rank = argument.meta["val"].ndim
     axes = rule.weight_axes(consumer, position, rank) if rule is not None and position >= 0 else ()
     if not axes or reason:
-        _general(uses, flow, argument, consumer, reason)
+        _general(uses, flow, argument, consumer, reason or barred)
         return
     use = WeightUse(consumer, position, argument)
     node: Any = argument
     while node.op != "placeholder":
-        if not passes_structure(node):
+        operand = linear_operand(node, flow.is_fixed)
+        if operand is None:
             uses.effective.setdefault(argument, []).append(WeightUse(consumer, position, argument))
             for name in flow.sources[argument]:
                 uses.through.setdefault(name, set()).add(argument)
             return
-        use.chain.insert(0, node)
-        node = node.args[0]
+        use.chain.insert(0, (node, operand))
+        node = node.args[operand]
     (name,) = flow.sources[node]
     uses.weights.setdefault(name, []).append(use)
 
 
-def _undecided(consumer: Node, flow: ParameterFlow, layouts: dict[Node, BatchLayout]) -> str:
+def _undecided(consumer: Node, rule: Rule | None, flow: ParameterFlow, layouts: dict[Node, BatchLayout]) -> str:
     """Why a parameter that differs per example cannot enter this operator; "" if it can."""
-    values = [consumer, *(n for n in consumer.all_input_nodes if n in flow.carries_batch)]
+    values = rule.placed_values(consumer) if rule is not None else None
+    if values is None:
+        values = [consumer, *(n for n in consumer.all_input_nodes if n in flow.carries_batch)]
     for node in values:
         value = node.meta.get("val")
         if isinstance(value, (tuple, list)):
             return f"{consumer.target} at {module_path(consumer) or 'the model'} has several outputs"
         if isinstance(value, Tensor) and node not in layouts and (node is consumer or value.ndim > 0):
             return f"the place of the batch in {node.name} at {module_path(consumer) or 'the model'} is undecided"
+    return ""
+
+
+def _barred(consumer: Node, argument: Node, flow: ParameterFlow, registry: Registry) -> str:
+    """Why a parameter cannot differ per example on its way to ``argument`` and into ``consumer``; "" if it can."""
+    frontier, seen = [argument], {argument}
+    for node in frontier:
+        above = [n for n in node.all_input_nodes if flow.parameter_only(n) and n not in seen]
+        frontier += above
+        seen.update(above)
+    for node in (consumer, *frontier):
+        if lacks_forward_mode(node, registry):
+            return f"{node.target} at {module_path(node) or 'the model'} has neither a rule nor a forward mode"
     return ""
 
 
@@ -154,8 +195,8 @@ def row_axes(use: WeightUse, registry: Registry, ndim: int, low_rank: bool) -> l
     ranked = []
     for axis in range(ndim):
         mapped: int | None = axis
-        for node in use.chain:
-            mapped = map_row_axis(node, mapped, low_rank)
+        for node, operand in use.chain:
+            mapped = map_row_axis(node, operand, mapped, low_rank)
             if mapped is None:
                 break
         if mapped in allowed:
@@ -166,4 +207,5 @@ def row_axes(use: WeightUse, registry: Registry, ndim: int, low_rank: bool) -> l
 def effective_name(use: WeightUse, flow: ParameterFlow) -> str:
     """Qualified name of an effective weight: the module that uses it, and the attribute that it stands for."""
     path = module_path(use.consumer)
-    return f"{path}.weight" if path else "weight"
+    attribute = use.consumer.meta.get("weight_names", {}).get(use.position, "weight")
+    return f"{path}.{attribute}" if path else attribute

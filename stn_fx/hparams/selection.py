@@ -12,7 +12,7 @@ for example `dropout@layer4.*(shared, initial=0.1), cutout(length=2..16, holes=1
 a model: what a selection matches in it is decided when the model is planned.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -92,8 +92,11 @@ def parse_hparams(
     """
     if hparams is None:
         return default_selections(catalogue)
-    hparams = list(hparams) if isinstance(hparams, Iterable) and not isinstance(hparams, str) else hparams
-    own = [each.entry() for each in _as_list(hparams) if isinstance(each, CustomHyperparameter)] if hparams else []
+    if isinstance(hparams, Mapping):
+        example = ", ".join(f"{name}(initial={value})" for name, value in hparams.items())
+        raise InputError(f"hparams is a mapping, whose values would be ignored. Write it as '{example}'.")
+    hparams = _as_list(hparams)
+    own = [each.entry() for each in hparams if isinstance(each, CustomHyperparameter)]
     catalogue = Catalogue([*catalogue, *own]) if own else catalogue
     items = _items(hparams)
     if not items:
@@ -115,17 +118,18 @@ def parse_hparams(
     return list(selections.values())
 
 
-def _as_list(hparams: Any) -> Any:
-    return [hparams] if isinstance(hparams, (str, Hyperparameter, CustomHyperparameter)) else hparams
-
-
-def _items(hparams: str | Chosen | Iterable[str | Chosen]) -> list[ParsedItem]:
-    hparams = _as_list(hparams)
+def _as_list(hparams: Any) -> list[Any]:
+    if isinstance(hparams, (str, Hyperparameter, CustomHyperparameter)):
+        return [hparams]
     if not isinstance(hparams, Iterable):
         raise InputError(
             f"hparams is a {type(hparams).__name__}; pass a string such as 'dropout,cutout', or a list of strings and "
             f"Hyperparameter objects."
         )
+    return list(hparams)
+
+
+def _items(hparams: list[Any]) -> list[ParsedItem]:
     items: list[ParsedItem] = []
     for part in hparams:
         if isinstance(part, str):

@@ -25,7 +25,9 @@ def load_builtin_rules() -> Registry:
         linear,
         noise,
         normalization,
+        opaque,
         pooling,
+        recurrent,
         structural,
         token_sites,
     )

@@ -30,7 +30,8 @@ def attention_probabilities(
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    return torch.softmax(scores, -1)
+    # As the fused kernels: a row with all keys masked attends to nothing instead of being NaN.
+    return torch.ops.aten._safe_softmax(scores, -1)
 
 
 def attend(probabilities: Tensor, value: Tensor, factor: Tensor | None, enable_gqa: bool) -> Tensor:

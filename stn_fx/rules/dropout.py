@@ -109,11 +109,13 @@ class DropoutRule(Rule):
         return not self.is_site(node) or (emit.rate(node) is None and self.own_rate(node) == 0)
 
     def base(self, emit: Emitter, node: Node) -> Any:
-        if self._idle(emit, node):
-            return emit.value(node.args[0])
+        return emit.value(node.args[0]) if self._idle(emit, node) else self._dropped(emit, node)[0]
+
+    def _dropped(self, emit: Emitter, node: Node) -> tuple[Any, Any]:
+        """The value with elements dropped, and the multiplier, which its change takes too."""
         factor, shift = self._terms(emit, node)
         value = emit.call(aten.mul.Tensor, emit.value(node.args[0]), factor)
-        return value if shift is None else emit.call(aten.add.Tensor, value, shift)
+        return value if shift is None else emit.call(aten.add.Tensor, value, shift), factor
 
     def respond(self, emit: Emitter, node: Node) -> Any:
         return emit.value(node.args[0])
@@ -122,8 +124,13 @@ class DropoutRule(Rule):
         x, tangent = emit.value(node.args[0]), emit.tangent(node.args[0])
         if self._idle(emit, node):
             return x, tangent
-        factor, shift = self._terms(emit, node)
-        primal = emit.call(aten.mul.Tensor, x, factor)
-        if shift is not None:
-            primal = emit.call(aten.add.Tensor, primal, shift)
+        primal, factor = self._dropped(emit, node)
         return primal, None if tangent is None else emit.call(aten.mul.Tensor, tangent, factor)
+
+    def without_batch(self, emit: Emitter, node: Node) -> tuple[Any, Any]:
+        """One mask for all examples: value and change are dropped alike."""
+        x, stack = emit.value(node.args[0]), emit.stack(node.args[0])
+        if self._idle(emit, node):
+            return x, stack
+        value, factor = self._dropped(emit, node)
+        return value, None if stack is None else emit.call(aten.mul.Tensor, stack, factor)

@@ -122,6 +122,10 @@ class PointwiseRule(Rule):
     name = "activation"
     targets = _POINTWISE_TARGETS
 
+    def covers(self, node: Node) -> bool:
+        value = node.args[0].meta.get("val") if isinstance(node.args[0], Node) else None
+        return not (isinstance(value, Tensor) and value.is_complex())  # a derivative there is no one number
+
     def linearize(self, emit: Emitter, node: Node) -> tuple[Any, Any]:
         primal = emit.copy(node)
         tangent = emit.tangent(node.args[0])

@@ -119,6 +119,10 @@ class Rule:
         """Index of the weight's axis 0 that no gradient reaches from this call; None = there is none."""
         return None
 
+    def placed_values(self, node: Node) -> list[Node] | None:
+        """Values whose batch layout must be decided for a parameter to respond here; None = result and all inputs."""
+        return None
+
     def base(self, emit: Emitter, node: Node) -> Any:
         """Code of the base pass."""
         return emit.copy(node)
@@ -130,6 +134,10 @@ class Rule:
     def linearize(self, emit: Emitter, node: Node) -> tuple[Any, Any]:
         """Code of the linearized pass: (primal, tangent), tangent None where it is zero."""
         raise NotImplementedError
+
+    def without_batch(self, emit: Emitter, node: Node) -> tuple[Any, Any] | None:
+        """Code for a value that depends on parameters only: (value, stack or None); None = the general way."""
+        return None
 
 
 class Registry:

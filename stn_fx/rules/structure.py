@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from stn_fx.errors import InputError
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -26,7 +28,7 @@ class LowRank:
 
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"LowRank needs a positive whole number as its rank, got {self.rank!r}")
+            raise InputError(f"LowRank({self.rank!r}): the rank must be a positive whole number, as in LowRank(8).")
 
 
 class Response(nn.Module):

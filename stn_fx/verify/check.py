@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from stn_fx.errors import CaptureError
+from stn_fx.errors import CaptureError, InputError
 from stn_fx.verify import oracles
 from stn_fx.verify.oracles import Trial
 from stn_fx.verify.result import CheckResult, OracleResult
@@ -52,16 +52,22 @@ def check(stn: "SelfTuningModule", inputs: Any, *, seed: int = 0) -> CheckResult
     Returns:
         A result that prints as a table; ``.passed`` is the verdict, ``.errors`` the error by oracle.
     """
+    if not hasattr(stn, "weight_response"):
+        raise InputError(f"check needs a model wrapped by stn_fx.transform, not a {type(stn).__name__}.")
     devices = {p.device for p in stn.model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
         torch.manual_seed(seed)
-        trial, precision = _trial(stn, split_inputs(inputs), seed)
-        passes, gradients = _TOLERANCES[precision]
-        found = []
-        for name, oracle in _ORACLES.items():
-            error, note = oracle(trial)
-            tolerance = 0.0 if name == "sites" else gradients if name.startswith("gradients") else passes
-            found.append(OracleResult(name, error, tolerance, note))
+        return run_oracles(*_trial(stn, split_inputs(inputs), seed))
+
+
+def run_oracles(trial: Trial, precision: torch.dtype) -> CheckResult:
+    """Every oracle on one trial, judged by the tolerances of this precision."""
+    passes, gradients = _TOLERANCES[precision]
+    found = []
+    for name, oracle in _ORACLES.items():
+        error, note = oracle(trial)
+        tolerance = 0.0 if name == "sites" else gradients if name.startswith("gradients") else passes
+        found.append(OracleResult(name, error, tolerance, note))
     return CheckResult(tuple(found), str(precision).removeprefix("torch."))
 
 
@@ -82,16 +88,22 @@ def _trial(stn: "SelfTuningModule", inputs: Inputs, seed: int) -> tuple[Trial, t
             failure = error
             continue
         randomise_response(copy, generator)
-        precision = _least_precision(compiled.captured.evaluation.graph)
-        shape = (len(rows), len(copy.hparams))
-        delta_BH = 0.3 * torch.randn(shape, generator=generator, dtype=torch.float64).to(copy.hparams.raw)
-        step = 1e-5 if precision == torch.float64 else 1e-2
-        return Trial(copy, some, delta_BH, step), precision
+        precision = least_precision(compiled.captured.evaluation.graph)
+        return make_trial(copy, some, len(rows), precision, generator), precision
     assert failure is not None
     raise failure
 
 
-def _least_precision(graph: torch.fx.Graph) -> torch.dtype:
+def make_trial(
+    stn: "SelfTuningModule", inputs: Inputs, batch: int, precision: torch.dtype, generator: torch.Generator
+) -> Trial:
+    """A compiled model with a displacement for each example, and a step for differences that suits the precision."""
+    shape = (batch, len(stn.hparams))
+    delta_BH = 0.3 * torch.randn(shape, generator=generator, dtype=torch.float64).to(stn.hparams.raw)
+    return Trial(stn, inputs, delta_BH, 1e-5 if precision == torch.float64 else 1e-2)
+
+
+def least_precision(graph: torch.fx.Graph) -> torch.dtype:
     """float32 where any value of the graph is no more precise than that: some norms cast on purpose."""
     values = (node.meta.get("val") for node in graph.nodes if node.op == "call_function")
     dtypes = {v.dtype for v in values if isinstance(v, Tensor) and v.is_floating_point()}

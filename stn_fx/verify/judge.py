@@ -17,6 +17,8 @@ from torch.utils import _pytree as pytree
 
 from stn_fx.compiler.layouts import run_node
 from stn_fx.compiler.pipeline import state_tensors
+from stn_fx.compiler.slots import slots
+from stn_fx.compiler.stand_ins import AllLayersRun
 from stn_fx.rules.drop_path import marked_forward
 from stn_fx.rules.tangent import load_forward_mode
 from stn_fx.verify.subject import Inputs
@@ -66,9 +68,7 @@ class Judge:
             return floating(self._run_graph(inputs, changes))
         owner = {id(p): name for name, p in self.model.named_parameters()}
         weights = {
-            alias: p.detach() + changes[owner[id(p)]]
-            for alias, p in self.model.named_parameters(remove_duplicate=False)
-            if owner[id(p)] in changes
+            alias: p.detach() + changes[owner[id(p)]] for alias, p in slots(self.model) if owner.get(id(p)) in changes
         }
         return floating(torch.func.functional_call(self.model, weights, args, kwargs, tie_weights=False))
 
@@ -122,7 +122,7 @@ def nothing_dropped(model: nn.Module) -> Iterator[None]:
     for module in patched:
         module.__dict__["forward"] = lambda x: x
     try:
-        with _NoDropout():
+        with _NoDropout(), AllLayersRun():
             yield
     finally:
         for module in patched:

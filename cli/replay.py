@@ -1,0 +1,55 @@
+"""`stn-fx replay`: the plain model from scratch at the hyperparameters that a run found."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from stn_fx.bilevel.recorded_run import RecordedRun, read_run
+from stn_fx.bilevel.records import SchedulePoint
+from stn_fx.bilevel.replay import FollowSchedule
+
+from .progress import LiveProgress
+from .tables import replay_table
+from .tune import image_task
+from .tune_options import TuneOptions
+
+
+class Way(StrEnum):
+    """Values of --along."""
+
+    SCHEDULE = "schedule"
+    FINAL = "final"
+    START = "start"
+
+
+def replay(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, as `stn-fx tune` printed it.")],
+    along: Annotated[
+        list[Way] | None,
+        typer.Option(help="Follow the whole schedule, or hold its final or start values; repeatable. All by default."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of weights, data order and masks; else that of the run.")
+    ] = None,
+) -> None:
+    """Train the model of a run from scratch along its schedule, by the base pass alone.
+
+    No response is learned and nothing is tuned: what the found values are worth by themselves, to be compared with the
+    values at the start.
+    """
+    console, recorded, options = Console(), read_run(run), TuneOptions.read(run)
+    task, recipe = image_task(console, options), options.recipe()
+    runs = {}
+    for way in along or list(Way):
+        callbacks = [LiveProgress(console, way), FollowSchedule(points(recorded, way))]
+        runs[str(way)] = task.fixed(recipe, options.seed if seed is None else seed, callbacks)
+    console.print(replay_table(runs, options.epochs))
+
+
+def points(recorded: RecordedRun, way: Way) -> list[SchedulePoint]:
+    """The part of the schedule to follow."""
+    schedule = recorded.result.schedule
+    return {Way.SCHEDULE: schedule, Way.FINAL: schedule[-1:], Way.START: schedule[:1]}[way]

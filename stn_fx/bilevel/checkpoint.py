@@ -1,0 +1,68 @@
+"""`Checkpoint`: the callback that saves a run while it goes on, so that it can be taken up where it was."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stn_fx.bilevel.callbacks import Callback, SafePoint
+from stn_fx.bilevel.checkpoint_file import checkpoint_path, checkpoints_in, folder_of, require_plain, write_checkpoint
+from stn_fx.bilevel.records import FitResult
+from stn_fx.errors import InputError
+
+if TYPE_CHECKING:
+    from stn_fx.bilevel.trainer import BilevelTrainer
+
+
+class Checkpoint(Callback):
+    """Saves everything after every epoch, when the run is interrupted, and as often as asked for.
+
+    A run that is resumed from any of its checkpoints (`trainer.fit(..., resume_from=folder)`) gives on CPU bit for bit
+    the results of one that was never stopped. While updates are being skipped because they are not finite nothing is
+    saved: the last checkpoint is a good one.
+
+    Args:
+        folder: made with its parents.
+        keep: how many of the last ones stay.
+        every_steps: save after so many inner steps as well; None = after every epoch only.
+        overwrite: whether checkpoints of another run there may be removed.
+
+    Raises:
+        InputError: an option is out of range, or (at the start of `fit`) the folder holds another run's checkpoints.
+    """
+
+    def __init__(
+        self, folder: str | Path, keep: int = 2, every_steps: int | None = None, overwrite: bool = False
+    ) -> None:
+        for name, value in (("keep", keep), ("every_steps", every_steps)):
+            if value is not None and value < 1:
+                raise InputError(f"{name}={value}: at least 1 is needed.")
+        self.folder = Path(folder)
+        self.keep = keep
+        self.every_steps = every_steps
+        self.overwrite = overwrite
+        self._checked = False
+
+    def fit_started(self, trainer: "BilevelTrainer", epochs: int, result: FitResult) -> None:
+        self.folder = folder_of(self.folder, trainer.algorithm.replicas)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for half_written in self.folder.glob(".step-*.pt"):
+            half_written.unlink()
+        found = checkpoints_in(self.folder)
+        if not found or result.resumed_at:
+            return
+        if not self.overwrite:
+            raise InputError(
+                f"{self.folder} holds checkpoints of a run already. Resume it with resume_from={str(self.folder)!r}, "
+                f"choose another folder, or allow it to be overwritten."
+            )
+        for path in found:
+            path.unlink()
+
+    def safe_point(self, trainer: "BilevelTrainer", point: SafePoint) -> None:
+        if not self._checked:  # what cannot be stored is told after the first step, not after the first epoch
+            require_plain(point.state())
+            self._checked = True
+        due = self.every_steps is not None and point.inner_step % self.every_steps == 0
+        if (due or point.epoch_ended or point.stopping) and point.healthy():
+            write_checkpoint(checkpoint_path(self.folder, point.inner_step), point.identity(), point.state())
+            for old in checkpoints_in(self.folder)[: -self.keep]:
+                old.unlink()

@@ -1,0 +1,140 @@
+"""How the response is learned in an inner step: one small class for each way, all with the same interface.
+
+| class | what | source |
+|---|---|---|
+| `Linearized` | linearized pass, base detached | Delta-STN (Bae & Grosse 2020) |
+| `WithoutLinearization` | the perturbed network itself, base detached | its ablation in the same paper |
+| `EveryKth(step, k)` | another way, in every k-th inner step only | cheaper |
+| `OnFraction(step, p)` | another way, on a fraction of the batch | cheaper |
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from stn_fx.bilevel.apply import Outcome
+from stn_fx.bilevel.batch import Batch, batch_size
+from stn_fx.bilevel.updates import perturbed_update, response_update
+from stn_fx.errors import InputError
+
+if TYPE_CHECKING:
+    from stn_fx.bilevel.steps import DeltaSTN
+
+Update = Callable[..., Outcome]
+
+
+class ResponseStep(ABC):
+    """One update of the response parameters by a training batch."""
+
+    @abstractmethod
+    def __call__(self, algorithm: "DeltaSTN", batch: Batch) -> Outcome | None:
+        """Update; None where this batch is passed over."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as plain data."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        assert not state, "a way with a state reads it"
+
+
+class Linearized(ResponseStep):
+    """By the linearized pass `f(x; w0) + J_w f . DeltaW(delta)`."""
+
+    def __call__(self, algorithm: "DeltaSTN", batch: Batch) -> Outcome:
+        return _updated(response_update, algorithm, batch)
+
+
+class WithoutLinearization(ResponseStep):
+    """By the perturbed network `f(x; w0 + DeltaW(delta))` in training mode: cheaper, and biased where f is curved."""
+
+    def __call__(self, algorithm: "DeltaSTN", batch: Batch) -> Outcome:
+        return _updated(perturbed_update, algorithm, batch)
+
+
+class EveryKth(ResponseStep):
+    """Another way in every k-th inner step, beginning with the first.
+
+    Args:
+        step: the way.
+        k: 1 for every inner step.
+    """
+
+    def __init__(self, step: ResponseStep, k: int) -> None:
+        if k < 1:
+            raise InputError(f"k={k}: at least 1 is needed.")
+        self.step = step
+        self.k = k
+        self._passed = 0
+
+    def __call__(self, algorithm: "DeltaSTN", batch: Batch) -> Outcome | None:
+        due = self._passed % self.k == 0
+        self._passed += 1
+        return self.step(algorithm, batch) if due else None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"passed": self._passed, "step": self.step.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._passed = state["passed"]
+        self.step.load_state_dict(state["step"])
+
+
+class OnFraction(ResponseStep):
+    """Another way on the first examples of every batch, which a shuffling loader makes a random part of it.
+
+    Args:
+        step: the way.
+        fraction: of the examples, in (0, 1]; rounded up. Batch norms see the statistics of these examples.
+    """
+
+    def __init__(self, step: ResponseStep, fraction: float) -> None:
+        if not 0 < fraction <= 1:
+            raise InputError(f"fraction={fraction}: it must lie between 0 and 1.")
+        self.step = step
+        self.fraction = fraction
+
+    def __call__(self, algorithm: "DeltaSTN", batch: Batch) -> Outcome | None:
+        size = math.ceil(self.fraction * batch_size(algorithm.stn, batch))
+        part = _first(batch, batch_size(algorithm.stn, batch), algorithm.stn.compiled.captured.batch_axes, size)
+        return self.step(algorithm, replace(part, rows=algorithm.replicas.rows(size, algorithm.perturbations.device)))
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.step.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step.load_state_dict(state)
+
+
+def _updated(update: Update, algorithm: "DeltaSTN", batch: Batch) -> Outcome:
+    raw_BH = algorithm.sampling.inner(algorithm.stn.hparams, batch.rows, algorithm.perturbations).detach()
+    arguments = (algorithm.stn, algorithm.objective, algorithm.updaters["response"], batch, raw_BH)
+    return update(*arguments, algorithm.precision())
+
+
+def _first(batch: Batch, size: int, axes: list[int | None], count: int) -> Batch:
+    """The first examples of a batch: inputs along their batch axes, the rest of its content along axis 0."""
+    remaining = iter(axes)
+    cut: dict[int, Tensor] = {}
+
+    def cut_input(leaf: Any) -> Any:
+        axis = next(remaining)
+        if axis is None or not isinstance(leaf, Tensor):
+            return leaf
+        return cut.setdefault(id(leaf), torch.narrow(leaf, axis, 0, count))
+
+    def cut_other(leaf: Any) -> Any:
+        if id(leaf) in cut:
+            return cut[id(leaf)]
+        rows = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == size
+        return leaf[:count] if rows else leaf
+
+    inputs = tree_map(cut_input, batch.inputs)
+    return replace(batch, inputs=inputs, content=tree_map(cut_other, batch.content))

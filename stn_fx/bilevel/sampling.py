@@ -1,0 +1,75 @@
+"""Where perturbed hyperparameters come from: one small class for each way in the papers, all with the same interface.
+
+| class | inner step | outer step | source |
+|---|---|---|---|
+| `PerExample` | around the current value, each example on its own | the same | Delta-STN (Bae & Grosse 2020) |
+| `PerBatch` | around the current value, one draw for the whole batch | the same | STN (MacKay et al. 2019) |
+| `GlobalSampling` | from one wide distribution for the whole run | at the current value | Lorraine & Duvenaud 2018 |
+
+Everything is drawn for the whole batch, also where several processes share it, and a process takes its own rows.
+Shape suffixes: B examples, H hyperparameters.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Generator, Tensor
+
+from stn_fx.bilevel.replicas import Rows
+from stn_fx.errors import InputError
+from stn_fx.hparams import HyperparameterSpace
+
+
+class Sampling(ABC):
+    """Draws raw hyperparameters (B, H) for the passes that need perturbed ones."""
+
+    @abstractmethod
+    def inner(self, space: HyperparameterSpace, rows: Rows, generator: Generator) -> Tensor:
+        """For the linearized pass."""
+
+    def outer(self, space: HyperparameterSpace, rows: Rows, generator: Generator) -> Tensor:
+        """For the response pass, differentiable in `space.raw` (and in the scales, where they are tuned)."""
+        return self.inner(space, rows, generator)
+
+
+class PerExample(Sampling):
+    """Gaussian around the current value with the tuned scale, independent for every example."""
+
+    def inner(self, space: HyperparameterSpace, rows: Rows, generator: Generator) -> Tensor:
+        return space.perturb(_noise(rows.total, space, generator)[rows.start : rows.stop])
+
+
+class PerBatch(Sampling):
+    """One Gaussian draw for all examples of a batch.
+
+    With a batch norm in training mode a response common to all examples cancels: freeze its statistics, or use
+    `PerExample`.
+    """
+
+    def inner(self, space: HyperparameterSpace, rows: Rows, generator: Generator) -> Tensor:
+        return space.perturb(_noise(1, space, generator)).expand(rows.stop - rows.start, -1)
+
+
+class GlobalSampling(Sampling):
+    """Gaussian around the initial value with a fixed width, so that the response is learned everywhere at once.
+
+    Args:
+        width: standard deviation in raw space.
+    """
+
+    def __init__(self, width: float = 1.5) -> None:
+        if not width > 0:
+            raise InputError(f"width={width}: it must be positive.")
+        self.width = width
+
+    def inner(self, space: HyperparameterSpace, rows: Rows, generator: Generator) -> Tensor:
+        noise_BH = _noise(rows.total, space, generator)[rows.start : rows.stop]
+        initial_H = torch.tensor([each.raw_initial() for each in space.resolved]).to(noise_BH)
+        return initial_H + self.width * noise_BH
+
+    def outer(self, space: HyperparameterSpace, rows: Rows, generator: Generator) -> Tensor:
+        return space.raw.expand(rows.stop - rows.start, -1)
+
+
+def _noise(rows: int, space: HyperparameterSpace, generator: Generator) -> Tensor:
+    return torch.randn(rows, len(space), generator=generator, dtype=space.raw.dtype, device=space.raw.device)

@@ -1,0 +1,52 @@
+"""Which operators have no forward mode: their tangents go through central differences, and the report says so.
+
+Operators outside of torch's own must not be asked: forward mode gives a silent zero for a ``torch.library.custom_op``.
+"""
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from stn_fx.rules import Registry
+from stn_fx.rules.tangent import differentiable, load_forward_mode
+
+_REFUSAL = "forward AD"
+
+
+def lacks_forward_mode(node: Node, registry: Registry) -> bool:
+    """Whether this call has neither a rule nor a forward mode of its own."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if registry.find(node) is not None:
+        return False
+    if "lacks_forward_mode" not in node.meta:
+        node.meta["lacks_forward_mode"] = node.target.namespace != "aten" or _is_refused(node)
+    return bool(node.meta["lacks_forward_mode"])
+
+
+def _is_refused(node: Node) -> bool:
+    """Ask torch on the captured (fake) values."""
+    arguments = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta.get("val"))
+    leaves, spec = pytree.tree_flatten(arguments)
+    floating = [i for i, leaf in enumerate(leaves) if differentiable(leaf)]
+    if not floating:
+        return False
+
+    def function(*values: Tensor) -> tuple[Tensor, ...]:
+        filled = list(leaves)
+        for index, value in zip(floating, values, strict=True):
+            filled[index] = value
+        args, kwargs = pytree.tree_unflatten(filled, spec)
+        outputs = node.target(*args, **kwargs)  # type: ignore[operator]
+        return tuple(o for o in pytree.tree_leaves(outputs) if differentiable(o))
+
+    primals = tuple(leaves[i].detach() for i in floating)
+    load_forward_mode()
+    try:
+        torch.func.jvp(function, primals, tuple(torch.empty_like(p) for p in primals))
+    except NotImplementedError as error:
+        return _REFUSAL in str(error)
+    except Exception:  # not a matter of forward mode: the values are not there, or the sizes are symbolic
+        return False
+    return False

@@ -1,0 +1,146 @@
+"""What once went wrong without a word: each is now right, or refused with the place and the remedy."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import MLP
+from stn_fx_cli.main import app
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import stn_fx
+from stn_fx.errors import InputError, StnError
+
+X = torch.randn(5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+class Spectrum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.gain = nn.Parameter(torch.rand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.irfft(torch.fft.rfft(self.layer(x)) * self.gain, n=6)
+
+
+class TwoMade(nn.Module):
+    """Two weights made in one module, beside an unrelated parameter that bears the usual name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.rand(6, 4)), nn.Parameter(torch.rand(4, 6))
+        self.weight = nn.Parameter(torch.rand(3, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear((x @ torch.tanh(self.a)).sin() @ torch.tanh(self.b), self.weight)
+
+
+class Standardised(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight
+        return F.linear(x, (w - w.mean(1, keepdim=True)) / w.std(1, keepdim=True), self.bias)
+
+
+class Eigenvalues(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.rand(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.eigvalsh(torch.diag_embed((self.w.exp() * x).cumsum(-1)))
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.value, self.gate = nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.value(x) * self.gate(x).detach()
+
+
+def transformed(model: nn.Module, hparams: str = "weight_decay,label_smoothing") -> stn_fx.SelfTuningModule:
+    torch.manual_seed(0)
+    return stn_fx.transform(model.double(), hparams, (X,), seed=0)
+
+
+@pytest.mark.parametrize("model", [Spectrum, TwoMade, Standardised, Eigenvalues])
+def test_the_oracles_hold(model: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    stn = transformed(model(6, 3) if model is Standardised else model())
+    result = stn_fx.check(stn, X)
+    assert result.passed, str(result)
+
+
+def test_weights_made_in_one_module_have_responses_of_their_own() -> None:
+    assert set(transformed(TwoMade()).responses()) == {"weight", "weight_2", "weight_3"}
+
+
+def test_decay_leaves_out_what_is_no_change_of_the_parameter() -> None:
+    stn = transformed(Standardised(6, 3))
+    for parameter in stn.response_parameters():
+        parameter.data.normal_()
+    raw = stn.hparams.raw.detach() + torch.ones(2, 2, dtype=torch.float64)
+    assert torch.allclose(stn.squared_norm(raw), stn.squared_norm())
+
+
+def test_what_no_gradient_reaches_is_not_conditioned() -> None:
+    stn = transformed(Gated())
+    assert set(stn.responses()) == {"value.weight", "value.bias"}
+    assert "behind a detach" in str(stn.report.to_dict())
+
+
+def test_a_changed_model_is_captured_anew() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.0), nn.ReLU(), nn.Linear(6, 3))
+    stn = transformed(model, "weight_decay").train()
+    model[2] = nn.Tanh()
+    assert torch.allclose(stn(X), model(X))
+    model[0].register_forward_hook(lambda module, inputs, output: output * 5)
+    assert torch.allclose(stn(X), model(X))
+    model[1].p = 1.0
+    assert torch.allclose(stn(X), model[3].bias.expand(5, 3))
+    model[3] = nn.Linear(6, 4).double()
+    with pytest.raises(StnError, match=r"3\.weight"):
+        stn(X)
+
+
+def test_a_lazy_model_is_refused_and_left_alone() -> None:
+    model = nn.Sequential(nn.LazyLinear(3))
+    with pytest.raises(InputError, match="Run the model once"):
+        stn_fx.transform(model, "weight_decay", (X.float(),))
+    assert model(X.float()).shape == (5, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: stn_fx.transform(MLP(), {"dropout": 0.5}), r"dropout\(initial=0.5\)"),
+        (lambda: stn_fx.LowRank(0), "positive whole number"),
+        (lambda: stn_fx.check(MLP(), X), "stn_fx.transform"),
+    ],
+)
+def test_arguments(call: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        call()  # type: ignore[operator]
+
+
+def test_convert_does_not_overwrite_what_it_did_not_write(tmp_path: Path) -> None:
+    path = tmp_path / "ok.py"
+    path.write_text(
+        "from torch import nn\n\nclass Net(nn.Linear):\n    def __init__(self):\n        super().__init__(4, 3)\n"
+    )
+    before = path.read_text()
+    result = CliRunner().invoke(app, ["convert", str(path), "--input-shape", "4", "--out", str(path)])
+    assert result.exit_code == 1
+    assert "was not written by stn-fx" in " ".join(result.stderr.split())
+    assert path.read_text() == before
+    made = tmp_path / "made.py"
+    for _ in range(2):  # its own file it may replace
+        assert CliRunner().invoke(app, ["convert", str(path), "--out", str(made), "--input-shape", "4"]).exit_code == 0
+    assert (
+        CliRunner().invoke(app, ["convert", str(path), "--out", str(path / "x.py"), "--input-shape", "4"]).exit_code
+        == 1
+    )

@@ -1,0 +1,130 @@
+"""Bad input is an error that names the remedy, before any training time is spent."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bilevel_fake import FakeSelfTuningModule, classification_batches
+from torch import nn
+from torch.optim import SGD
+from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, TensorDataset, random_split
+
+import stn_fx
+from stn_fx.bilevel import BilevelTrainer
+from stn_fx.errors import InputError, UnknownHyperparameterError
+
+TRAIN, VALID = classification_batches(0), classification_batches(1)
+X, Y = (torch.cat(each) for each in zip(*TRAIN, strict=True))
+DATA = TensorDataset(X, Y)
+
+
+def fit(train=TRAIN, valid=VALID, loss=F.cross_entropy):
+    """Train; what fails must do so before the first update."""
+    torch.manual_seed(0)
+    stn = FakeSelfTuningModule(nn.Linear(8, 3, dtype=torch.float64), "weight_decay")
+    before = {name: parameter.clone() for name, parameter in stn.named_parameters()}
+    try:
+        BilevelTrainer(stn, loss, train=train, valid=valid).fit(2, warmup_epochs=1)
+    except InputError:
+        assert all(torch.equal(parameter, before[name]) for name, parameter in stn.named_parameters())
+        raise
+
+
+def test_loaders_of_different_structure_are_refused():
+    with pytest.raises(InputError, match=r"different structure:\n.*float64 with 2 axes in training, float32 with 2"):
+        fit(valid=[(x.float(), y) for x, y in VALID])
+    stn = stn_fx.transform(nn.Bilinear(4, 4, 3), "weight_decay")
+    a, b, y = torch.randn(6, 4), torch.randn(6, 4), torch.arange(6) % 3
+    train = [{"input1": a, "input2": b, "label": y}]
+    with pytest.raises(InputError, match=r"input3.*nothing in training, float32 with 2 axes in validation"):
+        BilevelTrainer(stn, train=train, valid=[{name: x.clone() for name, x in train[0].items()} | {"input3": a}]).fit(
+            2
+        )
+
+
+def halves(overlap):
+    return Subset(DATA, range(40 + overlap)), Subset(DATA, range(40, 64))
+
+
+@pytest.mark.parametrize(
+    ("train", "valid", "common"),
+    [
+        (DataLoader(DATA, 16), DataLoader(DATA, 16), "64 of 64"),
+        (DataLoader(DATA, 16), DataLoader(TensorDataset(X, Y), 16), "64 of 64"),
+        (*(DataLoader(each, 16) for each in halves(3)), "3 of 24"),
+        (DataLoader(Subset(Subset(DATA, range(50)), range(10)), 5), DataLoader(Subset(DATA, [2, 60]), 2), "1 of 2"),
+        (TRAIN, TRAIN[1:2], "1 of 1"),
+        (
+            DataLoader(DATA, 8, sampler=SubsetRandomSampler(range(33))),
+            DataLoader(DATA, 8, sampler=SubsetRandomSampler(range(32, 64))),
+            "1 of 32",
+        ),
+    ],
+)
+def test_validation_examples_that_are_trained_on_are_refused(train, valid, common):
+    with pytest.raises(InputError, match=rf"{common} validation examples .*random_split"):
+        fit(train, valid)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        halves(0),
+        random_split(DATA, [0.7, 0.3], generator=torch.Generator().manual_seed(0)),
+        (TensorDataset(X[:40], Y[:40]), TensorDataset(X[40:], Y[40:])),
+    ],
+)
+def test_parts_without_overlap_pass(parts):
+    fit(*(DataLoader(each, 8) for each in parts))
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda output, target: F.one_hot(target, 3) * output, r"shape \(16, 3\) for 16 examples"),
+        (lambda output, target: 1.0, "returned a float"),
+        (lambda output, target: output.detach().sum(1), "training loss does not depend on the model's output"),
+        (lambda output, target: (output.argmax(1) != target).double(), "does not depend"),
+    ],
+)
+def test_losses_that_cannot_be_learned_from_are_refused(loss, message):
+    with pytest.raises(InputError, match=message):
+        fit(loss=loss)
+
+
+@pytest.mark.parametrize("loaders", [{"train": []}, {"valid": []}])
+def test_empty_loaders_are_refused(loaders):
+    with pytest.raises(InputError, match="loader is empty"):
+        fit(**loaders)
+
+
+def test_optimizers_over_stale_parameters_are_refused():
+    model = nn.Linear(8, 3)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    model.weight = nn.Parameter(torch.randn(3, 8))
+    stn = stn_fx.transform(model, "weight_decay", (torch.randn(4, 8),))
+    with pytest.raises(InputError, match=r"1 of 2 parameters to train are missing .* Build it anew"):
+        stn_fx.DeltaSTN(stn, base_optimizer=optimizer)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "lr"])
+def test_a_learning_rate_cannot_be_tuned(name):
+    with pytest.raises(UnknownHyperparameterError, match=r"(?i)learning rate"):
+        stn_fx.transform(nn.Linear(8, 3), name, (torch.randn(4, 8),))
+
+
+def test_the_checks_leave_the_run_as_it_would_be():
+    """Trying the losses draws masks: the generators are put back."""
+
+    def first_mask(check):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 3)).double()
+        stn = stn_fx.transform(model, "dropout", (X[:4],), seed=0)
+        if check:
+            trainer = BilevelTrainer(stn, train=TRAIN, valid=VALID)
+            from stn_fx.bilevel.trainer import _Fit
+
+            _Fit(trainer, 1, 0, 5, 1, ())._prepare()
+        assert not model[1].num_batches_tracked
+        return stn.generator().get_state()
+
+    assert torch.equal(first_mask(True), first_mask(False))

@@ -1,0 +1,90 @@
+import json
+import re
+
+import pytest
+import torch
+from bilevel_fake import FakeSelfTuningModule, classification_batches
+from torch import nn
+
+from stn_fx.bilevel import BilevelTrainer, Callback, FixedHyperparameters, FollowSchedule, RunFolder, read_run
+from stn_fx.bilevel.html_report import html_report, trust_notes
+from stn_fx.errors import InputError
+
+TRAIN, VALID = classification_batches(0), classification_batches(1)
+
+
+def make_trainer(algorithm=None, hparams="weight_decay,label_smoothing"):
+    torch.manual_seed(0)
+    stn = FakeSelfTuningModule(nn.Linear(8, 3, dtype=torch.float64), hparams)
+    return BilevelTrainer(stn, train=TRAIN, valid=VALID, algorithm=algorithm and algorithm(stn))
+
+
+@pytest.fixture
+def run(tmp_path):
+    make_trainer().fit(4, warmup_epochs=1, train_steps=2, callbacks=[RunFolder(tmp_path / "run")])
+    return tmp_path / "run"
+
+
+def test_a_run_reads_back(run):
+    recorded = read_run(run)
+    expected = make_trainer().fit(4, warmup_epochs=1, train_steps=2)
+    assert recorded.result.schedule == expected.schedule
+    assert [each.valid_loss for each in recorded.result.history] == [each.valid_loss for each in expected.history]
+
+
+def test_the_base_weights_of_a_tuned_run_are_those_of_plain_training_along_its_schedule(run):
+    """Delta-STN's base update sees nothing of the response, so the replay must give the same weights."""
+    tuned, replayed = make_trainer(), make_trainer(FixedHyperparameters)
+    tuned.fit(4, warmup_epochs=1, train_steps=2)
+    replayed.fit(4, callbacks=[FollowSchedule(read_run(run).result.schedule)])
+    torch.testing.assert_close(replayed.stn.model.weight, tuned.stn.model.weight, rtol=1e-9, atol=1e-12)
+    assert replayed.stn.hparams.values() == pytest.approx(tuned.stn.hparams.values())
+
+
+def test_values_at_a_bound_are_followed(run):
+    class AtBound(Callback):
+        def epoch_ended(self, trainer, record, result):
+            assert result.values["weight_decay"] == pytest.approx(1.0, abs=1e-5)
+
+    point = read_run(run).result.schedule[-1]
+    point.values["weight_decay"] = 1.0
+    make_trainer(FixedHyperparameters).fit(1, callbacks=[FollowSchedule([point]), AtBound()])
+
+
+def test_a_schedule_that_does_not_fit_is_refused(run):
+    schedule = read_run(run).result.schedule
+    with pytest.raises(InputError, match="no point"):
+        FollowSchedule([])
+    with pytest.raises(InputError, match="this algorithm tunes"):
+        make_trainer().fit(2, callbacks=[FollowSchedule(schedule)])
+    with pytest.raises(InputError, match="only in it: label_smoothing"):
+        make_trainer(FixedHyperparameters, "weight_decay").fit(2, callbacks=[FollowSchedule(schedule)])
+
+
+def test_the_report_is_one_page_that_needs_no_network(run):
+    page = html_report(read_run(run))
+    assert "data:image/png;base64," in page
+    assert not re.search(r"https?://|<script|<link", page)
+    for expected in ("weight_decay", "label_smoothing", "How far to trust it", "Lowest validation loss"):
+        assert expected in page
+
+
+def test_the_report_says_what_speaks_against_a_result(run):
+    recorded = read_run(run)
+    recorded.result.schedule[-1].values["weight_decay"] = 0.999
+    recorded.result.schedule[-1].scales["label_smoothing"] = 0.01
+    recorded.result.interrupted = True
+    text = " ".join(trust_notes(recorded))
+    for expected in ("weight_decay is at its upper bound", "Scales below 0.05: label_smoothing", "interrupted"):
+        assert expected in text
+
+
+def test_a_folder_without_a_run_is_refused(run, tmp_path):
+    with pytest.raises(InputError, match=r"holds no run .*values\.json"):
+        read_run(tmp_path)
+    (run / "history.json").write_text("[]")
+    with pytest.raises(InputError, match="No epoch"):
+        html_report(read_run(run))
+    (run / "values.json").write_text(json.dumps({}))
+    with pytest.raises(InputError, match="not of this version"):
+        read_run(run)

@@ -1,0 +1,245 @@
+"""The variants of the papers, each against its definition."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bilevel_fake import FakeSelfTuningModule, classification_batches
+from torch import nn
+from torch.optim import SGD
+
+import stn_fx
+from stn_fx.bilevel import (
+    STN,
+    BilevelTrainer,
+    DeltaSTN,
+    EveryKth,
+    GlobalSampling,
+    Linearized,
+    OnFraction,
+    PerBatch,
+    PerExample,
+    WithoutLinearization,
+)
+from stn_fx.bilevel.replicas import Rows
+from stn_fx.errors import InputError
+from stn_fx.hparams import HyperparameterSpace, parse_hparams, resolve
+
+BATCH = classification_batches(0)[0]
+
+
+def make_space():
+    resolved = [each for s in parse_hparams("weight_decay,label_smoothing") for each in resolve(s)]
+    space = HyperparameterSpace(resolved, dtype=torch.float64)
+    with torch.no_grad():
+        space.raw.add_(2.0)
+    return space
+
+
+def draw(sampling, way="inner", rows=None):
+    rows = rows or Rows(0, 4000, 4000)
+    return getattr(sampling, way)(make_space(), rows, torch.Generator().manual_seed(0))
+
+
+def test_per_example_perturbations_are_around_the_current_value_with_the_tuned_scale():
+    space, raw_BH = make_space(), draw(PerExample())
+    torch.testing.assert_close(raw_BH.mean(0), space.raw.data, atol=0.05, rtol=0)
+    torch.testing.assert_close(raw_BH.std(0), space.scales(), atol=0.05, rtol=0)
+
+
+def test_per_batch_perturbations_are_common_to_all_examples():
+    raw_BH = draw(PerBatch())
+    assert (raw_BH == raw_BH[0]).all()
+    assert (raw_BH[0] != make_space().raw).all()
+
+
+def test_global_sampling_does_not_follow_the_current_value_but_tunes_there():
+    space, raw_BH = make_space(), draw(GlobalSampling(width=0.5))
+    torch.testing.assert_close(raw_BH.mean(0), space.raw.data - 2.0, atol=0.05, rtol=0)
+    torch.testing.assert_close(raw_BH.std(0), torch.full((2,), 0.5).double(), atol=0.05, rtol=0)
+    outer = draw(GlobalSampling(), "outer")
+    assert (outer == space.raw).all()
+    assert outer.requires_grad
+
+
+@pytest.mark.parametrize("sampling", [PerExample(), PerBatch(), GlobalSampling()])
+def test_perturbations_do_not_depend_on_who_has_the_rows(sampling):
+    parts = [draw(sampling, rows=Rows(*ends, 10, 2)) for ends in ((0, 6), (6, 10))]
+    assert torch.equal(torch.cat(parts), draw(sampling, rows=Rows(0, 10, 10)))
+
+
+def make_fake(**options):
+    torch.manual_seed(0)
+    stn = FakeSelfTuningModule(nn.Linear(8, 3, dtype=torch.float64), "weight_decay,label_smoothing")
+    return stn, DeltaSTN(stn, **options)
+
+
+def test_fixed_scales_stay_and_the_rest_is_tuned():
+    stn, steps = make_fake(tune_scales=False)
+    scales, raw = stn.hparams.raw_scale.detach().clone(), stn.hparams.raw.detach().clone()
+    steps.inner_step(BATCH)
+    steps.outer_step(BATCH)
+    assert torch.equal(stn.hparams.raw_scale, scales)
+    assert not torch.equal(stn.hparams.raw, raw)
+    with pytest.raises(InputError, match="nothing for it"):
+        make_fake(tune_scales=False, scale_optimizer=partial(SGD, lr=0.1))
+
+
+def test_the_response_is_learned_in_every_kth_step():
+    stn, steps = make_fake(response_step=EveryKth(Linearized(), 3))
+    records = [steps.inner_step(BATCH) for _ in range(7)]
+    assert [record.response_loss is not None for record in records] == [True, False, False, True, False, False, True]
+    assert [name for name, _ in stn.calls].count("linearize") == 3
+    other = EveryKth(Linearized(), 3)
+    other.load_state_dict(steps.response_step.state_dict())
+    assert other(steps, steps.prepare(BATCH)) is None
+
+
+def test_a_fraction_of_the_batch_is_what_a_smaller_batch_would_be():
+    still, step = partial(SGD, lr=0.0), partial(SGD, lr=0.1)
+    whole, part = (
+        make_fake(base_optimizer=still, response_optimizer=step, response_step=OnFraction(Linearized(), fraction))
+        for fraction in (1.0, 0.3)
+    )
+    five = tuple(each[:5] for each in BATCH)  # 0.3 * 16, rounded up
+    assert part[1].inner_step(BATCH).response_loss == whole[1].inner_step(five).response_loss
+    assert torch.equal(part[0].G, whole[0].G)
+
+
+def test_a_fraction_of_a_batch_on_axis_1():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.head = nn.Linear(3, 4), nn.Linear(4, 3)
+
+        def forward(self, x):  # (T, B, C)
+            return self.head(self.cell(x).tanh().mean(0))
+
+    x, y = torch.randn(7, 6, 3), torch.randint(0, 3, (6,))
+    stn = stn_fx.transform(Recurrent(), "weight_decay", (x,), batch_axis=1)
+    assert not DeltaSTN(stn, response_step=OnFraction(Linearized(), 0.5)).inner_step((x, y)).skipped
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: EveryKth(Linearized(), 0), "k=0"),
+        (lambda: OnFraction(Linearized(), 0.0), "fraction"),
+        (lambda: GlobalSampling(0.0), "width"),
+    ],
+)
+def test_options_out_of_range_are_refused(build, message):
+    with pytest.raises(InputError, match=message):
+        build()
+
+
+def wrapped(*layers, hparams="dropout,weight_decay"):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), *layers, nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 3)).double()
+    stn = stn_fx.transform(model, hparams, (torch.randn(4, 6).double(),), seed=0)
+    with torch.no_grad():
+        for parameter in stn.response_parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return stn.train()
+
+
+def test_the_perturbed_network_is_the_users_own_with_the_weights_moved():
+    stn, x = wrapped(), torch.randn(5, 6).double()
+    raw_BH = stn.hparams.sample(5, torch.Generator().manual_seed(1)).detach()
+    with torch.no_grad():
+        raw_BH[:, 0] = -50.0  # no dropout
+    actual = stn.respond_in_training(x, raw=raw_BH)
+    model = stn.model.eval()
+    for i in range(5):
+        moved = stn.weight_response(raw_BH[i] - stn.hparams.raw)
+        weights = {name: p + moved[name] for name, p in model.named_parameters()}
+        torch.testing.assert_close(actual[i], torch.func.functional_call(model, weights, (x[i : i + 1],))[0])
+
+
+def test_the_perturbed_network_drops_out_and_leaves_base_and_statistics_alone():
+    stn, x = wrapped(nn.BatchNorm1d(8)), torch.randn(5, 6).double()
+    buffers = {name: buffer.clone() for name, buffer in stn.model.named_buffers()}
+    raw_BH = stn.hparams.sample(5, torch.Generator().manual_seed(1)).detach()
+    first, second = (stn.respond_in_training(x, raw=raw_BH) for _ in range(2))
+    assert not torch.equal(first, second)
+    F.cross_entropy(first, torch.zeros(5, dtype=torch.long)).backward()
+    assert all(p.grad is None for p in stn.base_parameters())
+    assert all(p.grad is not None for p in stn.response_parameters())
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in stn.model.named_buffers())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"response_step": WithoutLinearization()},
+        {"response_step": OnFraction(WithoutLinearization(), 0.5), "tune_scales": False},
+        {"sampling": GlobalSampling(), "tune_scales": False},
+        {"sampling": PerBatch(), "response_step": EveryKth(Linearized(), 2)},
+    ],
+)
+def test_every_variant_trains_and_tunes(options):
+    stn = wrapped()
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        (torch.randn(8, 6, generator=generator).double(), torch.randint(0, 3, (8,), generator=generator))
+        for _ in range(6)
+    ]
+    result = BilevelTrainer(stn, train=batches[:4], valid=batches[4:], **options).fit(3, warmup_epochs=1, train_steps=2)
+    assert result.values != result.schedule[0].values
+    assert result.skipped == 0
+
+
+def test_stn_is_the_uncentred_joint_training_of_its_paper():
+    """Against a row-wise hypernetwork written out by hand, with weight decay, over inner and outer steps."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 3, bias=False, dtype=torch.float64)
+    stn = stn_fx.transform(model, "weight_decay(initial=0.3)", (BATCH[0],), seed=0)
+    rates = {"base": 0.1, "response": 0.1, "hyper": 20.0, "scale": 0.1}
+    sgd = {f"{role}_optimizer": partial(SGD, lr=rate) for role, rate in rates.items()}
+    steps = STN(stn, **sgd, entropy_weight=0.01)
+    generator = torch.Generator()
+    generator.set_state(steps.perturbations.get_state())
+
+    v0 = model.weight.detach().clone().requires_grad_()
+    U, V = (p.detach().clone().requires_grad_() for p in (stn.response.weight.U, stn.response.weight.V))
+    raw, raw_scale = (p.detach().clone().requires_grad_() for p in (stn.hparams.raw, stn.hparams.raw_scale))
+    centre = raw.detach().clone()
+
+    def weights_B(raw_BH):
+        return v0 + ((raw_BH - centre) @ V.t())[:, :, None] * U
+
+    def sample(size):
+        return raw + F.softplus(raw_scale) * torch.randn(size, 1, generator=generator, dtype=torch.float64)
+
+    def descend(loss, parameters, rates):
+        gradients = torch.autograd.grad(loss, parameters)
+        for parameter, gradient, rate in zip(parameters, gradients, rates, strict=True):
+            parameter.data -= rate * gradient
+
+    batches = classification_batches(0)
+    for x, y in [*batches, *batches]:
+        raw_BH = sample(len(x)).detach()
+        W = weights_B(raw_BH)
+        decay = (0.5 * torch.sigmoid(raw_BH[:, 0]) * W.square().sum((1, 2))).mean()
+        descend(F.cross_entropy(torch.einsum("boi,bi->bo", W, x), y) + decay, [v0, U, V], [0.1] * 3)
+        raw_BH = sample(len(x))
+        valid = F.cross_entropy(torch.einsum("boi,bi->bo", weights_B(raw_BH), x), y)
+        descend(valid - 0.01 * F.softplus(raw_scale).log().sum(), [raw, raw_scale], [20.0, 0.1])
+        assert not steps.inner_step((x, y)).skipped
+        steps.outer_step((x, y))
+
+    assert (raw - centre).abs() > 0.05
+    torch.testing.assert_close(stn.hparams.raw.data, raw.data)
+    torch.testing.assert_close(stn.response.weight.V.data, V.data)
+    torch.testing.assert_close(model.weight.data, weights_B(raw[None])[0].detach())
+
+
+def test_stn_trains_and_tunes_through_the_trainer():
+    stn = wrapped(nn.BatchNorm1d(8))
+    data = [(torch.randn(8, 6).double(), torch.randint(0, 3, (8,))) for _ in range(6)]
+    trainer = BilevelTrainer(stn, train=data[:4], valid=data[4:], algorithm=STN(stn))
+    result = trainer.fit(3, warmup_epochs=1, train_steps=2)
+    assert result.values != result.schedule[0].values
+    assert result.skipped == 0
+    assert stn.model[1].running_mean.abs().sum() > 0
