@@ -15,6 +15,7 @@ from .report import (
     STDOUT,
     BatchAxisOption,
     HparamsOption,
+    ImageFormatOption,
     InputShapeOption,
     JsonOption,
     ModelArgOption,
@@ -29,6 +30,7 @@ def convert(
     model: ModelArgument,
     hparams: HparamsOption = None,
     input_shape: InputShapeOption = None,
+    image_format: ImageFormatOption = None,
     response: ResponseOption = "rowwise",
     batch_axis: BatchAxisOption = None,
     model_arg: ModelArgOption = None,
@@ -61,7 +63,7 @@ def convert(
     # With the report as JSON on the output, everything else goes to the error output.
     console = Console(stderr=json_file == STDOUT)
     loaded, stn = compile_and_report(
-        console, model, hparams, input_shape, response, batch_axis, model_arg, json_file, seed
+        console, model, hparams, input_shape, image_format, response, batch_axis, model_arg, json_file, seed
     )
     written = emit(stn.compiled, stn, out or Path(f"{_identifier(loaded.name)}_stn.py"))
     console.print(f"\nCode: {written.module}\nTensors: {written.tensors}", highlight=False)

@@ -6,6 +6,7 @@ from .report import (
     STDOUT,
     BatchAxisOption,
     HparamsOption,
+    ImageFormatOption,
     InputShapeOption,
     JsonOption,
     ModelArgOption,
@@ -20,6 +21,7 @@ def inspect(
     model: ModelArgument,
     hparams: HparamsOption = None,
     input_shape: InputShapeOption = None,
+    image_format: ImageFormatOption = None,
     response: ResponseOption = "rowwise",
     batch_axis: BatchAxisOption = None,
     model_arg: ModelArgOption = None,
@@ -38,4 +40,6 @@ def inspect(
       the report as JSON alone on the output; --json FILE writes it beside the tables
     """
     console = Console(stderr=json_file == STDOUT)
-    compile_and_report(console, model, hparams, input_shape, response, batch_axis, model_arg, json_file, seed)
+    compile_and_report(
+        console, model, hparams, input_shape, image_format, response, batch_axis, model_arg, json_file, seed
+    )

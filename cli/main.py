@@ -4,6 +4,7 @@ import typer
 
 from .convert import convert
 from .errors import reports_errors
+from .hparams import hparams
 from .inspect import inspect
 from .replay import replay
 from .show import plot, report
@@ -24,6 +25,7 @@ def _application() -> None:
     """Tunes the regularization hyperparameters of any unmodified PyTorch model, while it trains, in one run."""
 
 
+app.command()(reports_errors(hparams))
 app.command()(reports_errors(inspect))
 app.command()(reports_errors(convert))
 app.command()(reports_errors(tune))

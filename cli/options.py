@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.optim import SGD, Adam, Optimizer
 
-from stn_fx import LowRank
+from stn_fx import ImageFormat, LowRank
 from stn_fx.errors import InputError
 
 
@@ -42,6 +42,27 @@ def parse_response(text: str) -> str | LowRank:
     if kind == "lowrank" and rank.isdecimal() and int(rank) > 0:
         return LowRank(int(rank))
     raise InputError(f"--response {text!r} is neither 'rowwise' nor 'lowrank:RANK' with a positive rank, as lowrank:8.")
+
+
+def parse_image_format(text: str) -> ImageFormat:
+    """`MEAN/STD`, each one number or one for every channel."""
+    try:
+        mean, std = (tuple(float(number) for number in part.split(",")) for part in text.split("/"))
+    except ValueError:
+        raise InputError(
+            f"--image-format {text!r} is not of the form MEAN/STD, as 0.5/0.25 or 0.49,0.48,0.45/0.25,0.24,0.26."
+        ) from None
+    return ImageFormat(mean, std)
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """Sizes of one example, separated by commas or x."""
+    parts = [part.strip() for part in text.replace("x", ",").split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise InputError(
+            f"--input-shape {text!r} is not a list of sizes, as 3,32,32 (of one example, without the batch)."
+        )
+    return tuple(int(part) for part in parts)
 
 
 def parse_device(text: str) -> torch.device:

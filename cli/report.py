@@ -14,7 +14,7 @@ from stn_fx.errors import InputError
 from stn_fx.example_input import example_input
 from stn_fx.model_reference import LoadedModel, load_model
 
-from .options import parse_arguments, parse_response
+from .options import parse_arguments, parse_image_format, parse_response, parse_shape
 
 STDOUT = Path("-")
 
@@ -30,6 +30,12 @@ HparamsOption = Annotated[
 ]
 InputShapeOption = Annotated[
     str | None, typer.Option(metavar="SIZES", help="Shape of one example, as 3,32,32; else deduced from the model.")
+]
+ImageFormatOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MEAN/STD", help="Normalisation of images, as 0.5/0.25 or 0.49,0.48,0.45/0.25; colour needs it."
+    ),
 ]
 ResponseOption = Annotated[str, typer.Option(help="How weights respond: rowwise, or lowrank:RANK (cheaper).")]
 BatchAxisOption = Annotated[
@@ -49,6 +55,7 @@ def compile_and_report(
     model: str,
     hparams: str | None,
     input_shape: str | None,
+    image_format: str | None,
     response: str,
     batch_axis: int | None,
     model_arg: list[str] | None,
@@ -57,12 +64,15 @@ def compile_and_report(
 ) -> tuple[LoadedModel, stn_fx.SelfTuningModule]:
     """Load and compile the model, and show the report; as JSON on the output it comes without the tables."""
     structure, arguments = parse_response(response), parse_arguments(model_arg or [])
-    shape = None if input_shape is None else _parse_shape(input_shape)
+    shape = None if input_shape is None else parse_shape(input_shape)
     torch.manual_seed(seed)
     loaded = load_model(model, arguments=arguments)
     example = example_input(loaded.model, shape, vars(loaded.namespace) if loaded.namespace else {}, batch_axis or 0)
     console.print(f"Input: {example.description}", highlight=False)
-    stn = stn_fx.transform(loaded.model, hparams, example.inputs, batch_axis=batch_axis, response=structure, seed=seed)
+    stn = stn_fx.transform(
+        loaded.model, hparams, example.inputs, batch_axis=batch_axis, response=structure, seed=seed,
+        image_format=None if image_format is None else parse_image_format(image_format),
+    )  # fmt: skip
     report = stn.report
     if json_file == STDOUT:
         sys.stdout.write(json.dumps(report.to_dict(), indent=2) + "\n")
@@ -75,12 +85,3 @@ def compile_and_report(
             raise InputError(f"--json {json_file} cannot be written: {error}. Choose another place.") from error
         console.print(f"\nReport: {json_file}")
     return loaded, stn
-
-
-def _parse_shape(text: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in text.replace("x", ",").split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise InputError(
-            f"--input-shape {text!r} is not a list of sizes, as 3,32,32 (of one example, without the batch)."
-        )
-    return tuple(int(part) for part in parts)

@@ -138,7 +138,7 @@ def tune(
 
     [bold]Hyperparameters[/bold]
 
-    dropout, drop_path, input_dropout, cutout, weight_decay, label_smoothing. Learning rates cannot be tuned this way.
+    See [cyan]stn-fx hparams[/cyan]. Learning rates cannot be tuned this way.
 
     [bold]What is left[/bold]
 

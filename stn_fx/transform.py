@@ -1,6 +1,6 @@
 """The facade: ``transform`` compiles a module into a ``SelfTuningModule``."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stn_fx.augment.draws import Draws
+from stn_fx.augment.image_format import ImageFormat
 from stn_fx.compiler.casts import ambient_autocast, without_autocast
 from stn_fx.compiler.finalize import Finalized, write_rates
 from stn_fx.compiler.pipeline import BatchAxis, CompiledModel, compile_model, state_tensors
@@ -16,12 +17,13 @@ from stn_fx.compiler.report import Report
 from stn_fx.compiler.responses import build_responses, part_shapes, planned_shapes
 from stn_fx.compiler.signature import input_signature, module_signature, training_flags
 from stn_fx.errors import InputError, StnError
-from stn_fx.hparams import Hyperparameter, HyperparameterSpace, parse_hparams
+from stn_fx.hparams import HyperparameterSpace, Selection, parse_hparams
+from stn_fx.hparams.selection import Chosen
 from stn_fx.rules import Registry, load_builtin_rules
 from stn_fx.rules.structure import LowRank, Response
 from stn_fx.rules.tangent import differentiable
 
-HparamsArgument = str | Iterable[str | Hyperparameter] | Hyperparameter | None
+HparamsArgument = str | Iterable[str | Chosen] | Chosen | None
 
 
 def transform(
@@ -33,18 +35,20 @@ def transform(
     response: str | LowRank = "rowwise",
     rules: Registry | None = None,
     seed: int | None = None,
+    image_format: ImageFormat | None = None,
 ) -> "SelfTuningModule":
     """Compile ``model`` into a module that tunes its own hyperparameters.
 
     Args:
         model: any module; it is wrapped, trained in place, and never changed otherwise.
-        hparams: a comma-separated string, a list of names and ``Hyperparameter`` objects, or None for every dropout and
-            drop-path site that the model has and weight decay.
+        hparams: a comma-separated string, a list of names, ``Hyperparameter`` and ``CustomHyperparameter`` objects, or
+            None for every dropout and drop-path site that the model has and weight decay.
         example_inputs: tuple of positional or dict of keyword inputs, one batch; None = the first batch that is seen.
         batch_axis: where the batch lies in the inputs: an int, or one per input (flattened); None = by analysis.
         response: "rowwise" (the papers'), or ``LowRank(r)``.
         rules: operator rules; None = the built-in ones (``stn_fx.rules.load_builtin_rules().copy()`` to add to).
         seed: of the response's initial values and of all masks; None = torch's initial seed.
+        image_format: the normalisation of image inputs, which brightness, contrast, saturation and hue need.
 
     Raises:
         CaptureError, BatchLayoutError, UnknownHyperparameterError, OutOfBoundsError, InputError: see ``stn_fx.errors``.
@@ -55,7 +59,7 @@ def transform(
         raise InputError("This module is already a SelfTuningModule. Pass the user's own model.")
     if response != "rowwise" and not isinstance(response, LowRank):
         raise InputError(f"response={response!r} is neither 'rowwise' nor LowRank(r).")
-    stn = SelfTuningModule(model, hparams, batch_axis, response, rules, seed)
+    stn = SelfTuningModule(model, hparams, batch_axis, response, rules, seed, image_format)
     if example_inputs is not None:
         stn.compile_for(example_inputs)
     return stn
@@ -76,6 +80,7 @@ class SelfTuningModule(nn.Module):
         response: str | LowRank,
         rules: Registry | None,
         seed: int | None,
+        image_format: ImageFormat | None = None,
     ) -> None:
         super().__init__()
         self.training = model.training
@@ -85,6 +90,7 @@ class SelfTuningModule(nn.Module):
         self._structure = response if isinstance(response, LowRank) else None
         self._rules = rules  # None = the built-in ones, which need not be pickled
         self._seed = torch.initial_seed() if seed is None else seed
+        self._image_format = image_format
         self._generators: dict[str, torch.Generator] = {}
         self._captures: list[_Capture] = []
         self._example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -99,7 +105,9 @@ class SelfTuningModule(nn.Module):
 
     def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CompiledModel:
         rules = load_builtin_rules() if self._rules is None else self._rules
-        compiled = compile_model(self.model, args, kwargs, self._selections, self._structure, self._batch_axis, rules)
+        compiled = compile_model(
+            self.model, args, kwargs, self._selections, self._structure, self._batch_axis, rules, self._image_format
+        )
         if self._example is not None:
             self._check_same_parameters(compiled)
         else:
@@ -266,25 +274,52 @@ class SelfTuningModule(nn.Module):
         """``{qualified name: DeltaW}`` for one displacement (H,), dense."""
         return {name: response.dense(delta) for name, response in self.responses().items()}
 
-    def squared_norm(self, raw: Tensor | None = None) -> Tensor:
-        """``|w|^2`` over all weights with two or more axes, for weight decay.
+    def squared_norm(self, raw: Tensor | None = None, names: Iterable[str] | None = None) -> Tensor:
+        """``|w|^2`` over weights, for weight decay.
 
         Without ``raw`` a scalar, live in the base parameters; with raw (B, H) the norms (B,) of ``w0 + DeltaW_i``,
-        base detached, from the structure alone.
+        base detached, from the structure alone. ``names`` are parameters; None = those with two or more axes.
         """
-        weights = {n: p for n, p in self.model.named_parameters() if p.ndim >= 2 and p.requires_grad}
+        weights = self.penalized(names)
         if raw is None:
-            return torch.stack([w.square().sum() for w in weights.values()]).sum()
+            return _total([w.square().sum() for w in weights.values()], self.hparams.raw)
         delta_BH = raw - self.hparams.raw.detach()
-        total = torch.stack([w.detach().square().sum() for w in weights.values()]).sum().expand(raw.shape[0])
-        # An effective weight may bear its parameter's name, but its response is no change of that parameter.
-        for plan in self.compiled.plan.parameters:
-            if plan.is_effective:
-                weights.pop(plan.name, None)
-        for name, response in self.responses().items():
-            if name in weights:
-                total = total + response.squared_norm_change(weights[name].detach(), delta_BH)
+        total = _total([w.detach().square().sum() for w in weights.values()], raw).expand(raw.shape[0])
+        for name, response in self._responses_of_parameters(weights):
+            total = total + response.squared_norm_change(weights[name].detach(), delta_BH)
         return total
+
+    def absolute_norm(self, raw: Tensor | None = None, names: Iterable[str] | None = None) -> Tensor:
+        """``|w|_1``, as ``squared_norm``; with ``raw`` to first order, ``|w0|_1 + <sign(w0), DeltaW_i>``.
+
+        That is exact for weights whose sign the perturbation does not change, and keeps it a sum over the structure.
+        """
+        weights = self.penalized(names)
+        if raw is None:
+            return _total([w.abs().sum() for w in weights.values()], self.hparams.raw)
+        delta_BH = raw - self.hparams.raw.detach()
+        total = _total([w.detach().abs().sum() for w in weights.values()], raw).expand(raw.shape[0])
+        for name, response in self._responses_of_parameters(weights):
+            total = total + response.inner_product(weights[name].detach().sign(), delta_BH)
+        return total
+
+    def _responses_of_parameters(self, names: Container[str]) -> Iterator[tuple[str, Response]]:
+        """The responses of these parameters, without those of effective weights.
+
+        An effective weight may bear its parameter's name, but its response is no change of that parameter.
+        """
+        effective = {plan.name for plan in self.compiled.plan.parameters if plan.is_effective}
+        return ((n, each) for n, each in self.responses().items() if n in names and n not in effective)
+
+    def penalized(self, names: Iterable[str] | None = None) -> dict[str, nn.Parameter]:
+        """The trained parameters of these names; None = those with two or more axes, as the norms take them."""
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return {n: p for n, p in trained.items() if p.ndim >= 2} if names is None else {n: trained[n] for n in names}
+
+    @property
+    def selections(self) -> list[Selection]:
+        """What was asked to be tuned, entry by entry."""
+        return self._selections
 
     @property
     def report(self) -> Report:
@@ -363,6 +398,10 @@ def _full_tangent(primal: Any, tangent: Any) -> Any:
     if not differentiable(primal):
         return None if tangent is None else tangent
     return torch.zeros_like(primal) if tangent is None else tangent
+
+
+def _total(norms: list[Tensor], like: Tensor) -> Tensor:
+    return torch.stack(norms).sum() if norms else like.new_zeros(())
 
 
 def _split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -19,7 +19,7 @@ class FakeSelfTuningModule(nn.Module):
     def __init__(self, model: nn.Linear, hparams: str = "weight_decay", captured: bool = True) -> None:
         super().__init__()
         self.model = model
-        self._selections = parse_hparams(hparams)
+        self.selections = parse_hparams(hparams)
         self._generator = torch.Generator().manual_seed(0)
         self.calls: list[tuple[str, bool]] = []
         self._compiled: SimpleNamespace | None = None
@@ -33,13 +33,13 @@ class FakeSelfTuningModule(nn.Module):
         return self._compiled
 
     def compile_for(self, inputs: tuple[Tensor, ...]) -> None:
-        resolved = [each for selection in self._selections for each in resolve(selection)]
+        resolved = [each for selection in self.selections for each in resolve(selection)]
         weight = self.model.weight
         self.hparams = HyperparameterSpace(resolved, dtype=weight.dtype)
         self.G = nn.Parameter(torch.zeros(*weight.shape, len(resolved), dtype=weight.dtype))
         self._compiled = SimpleNamespace(captured=SimpleNamespace(batch_axes=(0,)))
 
-    def generator(self) -> torch.Generator:
+    def generator(self, device: str | None = None) -> torch.Generator:
         return self._generator
 
     def base_parameters(self) -> Iterator[nn.Parameter]:
@@ -62,7 +62,7 @@ class FakeSelfTuningModule(nn.Module):
         self.calls.append(("respond", self.training))
         return self.model(x) + torch.einsum("boi,bi->bo", self._change(raw), x)
 
-    def squared_norm(self, raw: Tensor | None = None) -> Tensor:
+    def squared_norm(self, raw: Tensor | None = None, names: list[str] | None = None) -> Tensor:
         if raw is None:
             return self.model.weight.square().sum()
         return (self.model.weight.detach() + self._change(raw)).square().sum((1, 2))

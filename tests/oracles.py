@@ -68,8 +68,9 @@ class Subject:
             example = self.inputs(self.captured_batch)
             options["batch_axis"] = [None if name in self.shared else self.batch_axis for name in example]
         self.stn = stn_fx.transform(
-            self.model, self.hparams, self.inputs(self.captured_batch), response=self.response, seed=0, **options
-        )
+            self.model, self.hparams, self.inputs(self.captured_batch), response=self.response, seed=0,
+            image_format=stn_fx.ImageFormat(0.5, 0.25), **options,
+        )  # fmt: skip
         spread(self.stn)
         state = self.model.state_dict()
         self.twin = randomised(self.build())

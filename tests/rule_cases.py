@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
+import stn_fx
+
 DEFAULT = "weight_decay,label_smoothing"
 SITES = "dropout,weight_decay"
 PATHS = "drop_path,weight_decay"
@@ -25,7 +27,7 @@ class Case:
     build: Callable[[], nn.Module]
     inputs: Callable[[int], Any]
     rules: tuple[str, ...] = ()
-    hparams: str = DEFAULT
+    hparams: Any = DEFAULT
     options: dict[str, Any] = field(default_factory=dict)
     structures: tuple[str, ...] = ()
     """Structures that the plan must contain: "row-wise", "exact", "effective"."""
@@ -479,8 +481,47 @@ case(
     "input dropout",
     seq(nn.Linear(9, 4), nn.Tanh(), nn.Linear(4, 3)),
     noise(9),
-    "InputDropoutRule",
-    hparams="input_dropout,weight_decay",
+    "FloatingInputRule",
+    hparams="input_dropout,input_scale,gaussian_noise,weight_decay",
+)
+case(
+    "affine map, colour, blur, erasing",
+    seq(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 3)),
+    noise(3, 6, 6),
+    "GeometryRule",
+    "ColourRule",
+    "GaussianBlurRule",
+    "RandomErasingRule",
+    hparams="rotation,shear,brightness,hue,gaussian_blur,random_erasing",
+)
+case(
+    "word dropout and span masking",
+    seq(nn.Embedding(11, 6), nn.Flatten(), nn.Linear(30, 3)),
+    tokens(5),
+    "WordDropoutRule",
+    "SpanMaskingRule",
+    hparams="word_dropout(mask_token=3),span_masking(mask_token=3,padding=-1)",
+)
+case(
+    "noise on activations",
+    seq(nn.Linear(9, 4), nn.Tanh(), nn.Linear(4, 3)),
+    noise(9),
+    "NoiseRule",
+    hparams="noise@1",
+)
+
+
+def shifted(x: Tensor, value: Tensor, draws: Any) -> Tensor:
+    """An own hyperparameter, random and the identity at value 0."""
+    return x + value * draws.uniform(x.shape, x, "shift") * x.sin()
+
+
+case(
+    "an own hyperparameter",
+    seq(nn.Linear(9, 4), nn.Tanh(), nn.Linear(4, 3)),
+    noise(9),
+    "CustomRule",
+    hparams=[stn_fx.CustomHyperparameter("shifted", shifted, "activation", 0.3, at="1")],
 )
 
 # ---- attention

@@ -22,7 +22,7 @@ def test_every_entry_starts_inside_with_a_gradient_and_can_be_switched_off(entry
     assert entry.description
     assert entry.source
     for own_rate in (None, 0.0, 0.3, 0.95, 1.0):
-        (selection,) = parse_hparams(entry.name)
+        (selection,) = parse_hparams(f"{entry.name}(mask_token=1)" if entry.needs == "tokens" else entry.name)
         space = HyperparameterSpace(resolve(selection, SiteContext(own_rate, size), "layer"))
         raw = space.raw.detach().requires_grad_()
         relative = torch.autograd.grad(space.constrain(raw).sum(), raw)[0] / space.high_H

@@ -38,6 +38,23 @@ class Draws:
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         return torch.rand(tuple(shape), generator=self.generator, dtype=dtype, device=like.device)
 
+    def normal(self, shape: Sequence[int], like: Tensor, name: str) -> Tensor:
+        """Standard normal numbers; dtype, arguments and errors as for `uniform`."""
+        self._check_device(like, name)
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        return torch.randn(tuple(shape), generator=self.generator, dtype=dtype, device=like.device)
+
+    def gamma(self, concentration: Tensor, like: Tensor, name: str) -> Tensor:
+        """Gamma variates of scale 1, one for each concentration; dtype and errors as for `uniform`."""
+        self._check_device(like, name)
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        return torch._standard_gamma(concentration.to(dtype), generator=self.generator)
+
+    def permutation(self, size: int, like: Tensor, name: str) -> Tensor:
+        """A random order of `size` things, int64, on the device of `like`; errors as for `uniform`."""
+        self._check_device(like, name)
+        return torch.randperm(size, generator=self.generator, device=like.device)
+
     def bits(self, shape: Sequence[int], like: Tensor, name: str) -> Tensor:
         """Uniform int16 numbers (16 random bits each) on the device of `like`; arguments and errors as for `uniform`.
 
@@ -69,6 +86,10 @@ class ReplayDraws(Draws):
     def uniform(self, shape: Sequence[int], like: Tensor, name: str) -> Tensor:
         """As `Draws.uniform`; InputError where the recorded numbers have another shape or dtype."""
         return self._recall(("uniform", name), shape, like, super().uniform)
+
+    def normal(self, shape: Sequence[int], like: Tensor, name: str) -> Tensor:
+        """As `Draws.normal`; InputError where the recorded numbers have another shape."""
+        return self._recall(("normal", name), shape, like, super().normal)
 
     def bits(self, shape: Sequence[int], like: Tensor, name: str) -> Tensor:
         """As `Draws.bits`; InputError where the recorded numbers have another shape."""

@@ -161,7 +161,7 @@ class Algorithm(ABC):
             "hyper": [hparams.raw],
             "scale": [hparams.raw_scale],
         }
-        decay_is_tuned = "weight_decay" in hparams.names
+        decay_is_tuned = any(each.entry == "weight_decay" for each in hparams.resolved)
         self.optimizers = {
             role: resolve_optimizer(choice, role, parameters[role], decay_is_tuned)
             for role, choice in self._choices.items()

@@ -45,6 +45,7 @@ class Generators:
             "python": random.getstate(),
             "numpy": _numpy_state(numpy.random.get_state(legacy=False)) if numpy else None,
             "stn": self.stn.generator().get_state(),
+            "mixing": self.stn.generator("cpu").get_state(),
             "loaders": {
                 name: {path: _get(generator) for path, generator in generators_in(loader)}
                 for name, loader in self.loaders.items()
@@ -61,6 +62,7 @@ class Generators:
             import numpy
 
             numpy.random.set_state(_numpy_arrays(state["numpy"]))
+        self.stn.generator("cpu").set_state(state["mixing"])
         self.stn.generator().set_state(state["stn"])
         for name, loader in self.loaders.items():
             saved = state["loaders"][name]

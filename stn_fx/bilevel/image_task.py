@@ -62,10 +62,12 @@ class ImageTask:
         """
         torch.manual_seed(seed)
         model = self.build().to(self.device)
-        x, _ = next(iter(image_batches(self.splits, self.batch_size, seed).train))
+        batches = image_batches(self.splits, self.batch_size, seed).train
+        x, _ = next(iter(batches))
         x = x.to(self.device)
         self._check_scores(model, x)
-        return transform(model, self.hparams, example_inputs=(x,), response=self.response, seed=seed)
+        image_format = batches.normalisation.image_format
+        return transform(model, self.hparams, (x,), response=self.response, seed=seed, image_format=image_format)
 
     @torch.no_grad()
     def _check_scores(self, model: nn.Module, x: Tensor) -> None:

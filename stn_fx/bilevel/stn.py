@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from stn_fx.bilevel.algorithm import InnerRecord, OuterRecord, training_mode
 from stn_fx.bilevel.apply import Updater
 from stn_fx.bilevel.batch import Batch
+from stn_fx.bilevel.mixing import mix
+from stn_fx.bilevel.penalties import penalized_groups, penalties
 from stn_fx.bilevel.steps import DeltaSTN
 from stn_fx.bilevel.updates import named_values
 from stn_fx.errors import InputError
@@ -51,22 +53,32 @@ class STN(DeltaSTN):
         moved = {name: change - change.detach() for name, change in self._from_centre().items()}
         parameters = self._parameters()
         base = {name: p + moved[name] if name in moved else p for name, p in parameters.items()}
-        output = batch.feed(stn.respond_in_training, raw=raw_BH, base=base)
         hyperparameters = named_values(stn, raw_BH)
+        mixed = mix(stn, batch, hyperparameters)
+        output = mixed.batch.feed(stn.respond_in_training, raw=raw_BH, base=base)
+        batch = mixed.with_targets(output)
         loss = self.objective.training_loss(output, batch, hyperparameters)
-        if "weight_decay" in hyperparameters:
-            decay_B = hyperparameters["weight_decay"]
-            # mean_i decay_i |w + DeltaW_i|^2: `squared_norm(raw)` has w detached, so what depends on w is added.
-            mixed = stn.weight_response((decay_B[:, None] * (raw_BH - stn.hparams.raw.detach())).mean(0))
-            loss = loss + 0.5 * (decay_B * stn.squared_norm(raw_BH)).mean()
-            for name, weight in base.items():
-                if parameters[name].ndim >= 2 and parameters[name].requires_grad:
-                    live = weight.square().sum()
-                    loss = loss + 0.5 * decay_B.mean() * (live - live.detach())
-                    if name in mixed:
-                        cross = (weight * mixed[name].detach()).sum()
-                        loss = loss + cross - cross.detach()
-        return loss
+        loss = sum(penalties(stn, output, hyperparameters, raw_BH, batch), loss)
+        return loss + self._through_weights(base, hyperparameters, raw_BH)
+
+    def _through_weights(self, base: dict[str, Tensor], values: dict[str, Tensor], raw_BH: Tensor) -> Tensor:
+        """Zero, with the gradient that the norms among `penalties` have in w; they hold it detached."""
+        stn, zero = self.stn, raw_BH.new_zeros(())
+        delta_BH = raw_BH - stn.hparams.raw.detach()
+        with torch.autocast(raw_BH.device.type, enabled=False):
+            for hyperparameter, names in penalized_groups(stn, "weight_decay").items():
+                # mean_i decay_i |w + DeltaW_i|^2 / 2
+                decay_B = values[hyperparameter]
+                changes = stn.weight_response((decay_B[:, None] * delta_BH).mean(0))
+                for name in stn.penalized(names):
+                    zero = zero + _live(0.5 * decay_B.mean() * base[name].square().sum())
+                    if name in changes:
+                        zero = zero + _live((base[name] * changes[name].detach()).sum())
+            for hyperparameter, names in penalized_groups(stn, "l1").items():
+                # To first order, as `absolute_norm`.
+                for name in stn.penalized(names):
+                    zero = zero + _live(values[hyperparameter].mean() * base[name].abs().sum())
+        return zero
 
     def _from_centre(self) -> dict[str, Tensor]:
         """DeltaW(lambda - c) by parameter, differentiable in the response parameters."""
@@ -100,3 +112,8 @@ class STN(DeltaSTN):
         joint = [self.optimizers["base"], self.optimizers["response"]]
         options = (self.updates.accumulate, self.updates.clip_norm, self.updates.skip_limit, self.replicas)
         self.updaters["base"] = Updater(joint, "base and response", *options)
+
+
+def _live(value: Tensor) -> Tensor:
+    """Zero with the gradient of `value`."""
+    return value - value.detach()

@@ -21,7 +21,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from stn_fx.bilevel.apply import Outcome, Updater
 from stn_fx.bilevel.batch import Batch, batch_size
+from stn_fx.bilevel.mixing import mix
 from stn_fx.bilevel.objective import Objective
+from stn_fx.bilevel.penalties import penalties
 from stn_fx.errors import StnError
 
 if TYPE_CHECKING:
@@ -38,13 +40,14 @@ def base_update(
     It alone updates the running statistics of batch norms; they are put back where the loss is not applied.
     """
     buffers = [(buffer, buffer.clone()) for buffer in stn.model.buffers()]
+    raw_BH = stn.hparams.raw.detach().expand(batch_size(stn, batch), -1)
+    hyperparameters = named_values(stn, raw_BH)
     with precision:
-        output = batch.feed(stn)
-        raw_BH = stn.hparams.raw.detach().expand(batch_size(stn, batch), -1)
-        hyperparameters = named_values(stn, raw_BH)
+        mixed = mix(stn, batch, hyperparameters)
+        output = mixed.batch.feed(stn)
+        batch = mixed.with_targets(output)
         loss = objective.training_loss(output, batch, hyperparameters)
-    if "weight_decay" in hyperparameters:
-        loss = loss + 0.5 * hyperparameters["weight_decay"].mean() * stn.squared_norm()
+        loss = sum(penalties(stn, output, hyperparameters, batch=batch), loss)
     outcome = updater.apply(loss, "training loss of the base pass", batch.rows.share)
     if outcome.skipped:
         with torch.no_grad():
@@ -62,24 +65,32 @@ def response_update(
     Args:
         raw_BH: perturbed raw hyperparameters of every example, detached.
     """
-    with precision:
-        loss = linearized_loss(stn, objective, batch, raw_BH)
     hyperparameters = named_values(stn, raw_BH)
-    if "weight_decay" in hyperparameters:
-        loss = loss + 0.5 * (hyperparameters["weight_decay"] * stn.squared_norm(raw_BH)).mean()
+    with precision:
+        output, batch = _linearized(stn, batch, raw_BH)
+        loss = objective.training_loss(output, batch, hyperparameters)
+        loss = sum(penalties(stn, output, hyperparameters, raw_BH, batch), loss)
     return updater.apply(loss, "training loss of the linearized pass", batch.rows.share)
 
 
 def linearized_loss(stn: "SelfTuningModule", objective: Objective, batch: Batch, raw_BH: Tensor) -> Tensor:
-    """Training loss of the linearized model, without weight decay."""
-    primal, tangent = batch.feed(stn.linearize, raw=raw_BH)
+    """Training loss of the linearized model, without penalties."""
+    output, batch = _linearized(stn, batch, raw_BH)
+    return objective.training_loss(output, batch, named_values(stn, raw_BH))
+
+
+def _linearized(stn: "SelfTuningModule", batch: Batch, raw_BH: Tensor) -> tuple[Any, Batch]:
+    """Output of the linearized model, and the batch as the hyperparameters mix it."""
+    mixed = mix(stn, batch, named_values(stn, raw_BH))
+    primal, tangent = mixed.batch.feed(stn.linearize, raw=raw_BH)
     if any(leaf.requires_grad for leaf in _tensors(primal)):
         # Backward through the jvp of norms is silently wrong then (pytorch issues 196699 and 196700).
         raise StnError(
             "The primal of the linearized pass requires a gradient, which makes gradients of the response wrong. Base "
             "parameters must enter detached: if `linearize` is your own, detach them; else this is a bug of stn_fx."
         )
-    return objective.training_loss(_plus(primal, tangent), batch, named_values(stn, raw_BH))
+    output = _plus(primal, tangent)
+    return output, mixed.with_targets(output)
 
 
 def validation_loss(stn: "SelfTuningModule", objective: Objective, batch: Batch) -> Tensor:
@@ -92,12 +103,13 @@ def perturbed_update(
     stn: "SelfTuningModule", objective: Objective, updater: Updater, batch: Batch, raw_BH: Tensor, precision: Precision
 ) -> Outcome:
     """As `response_update`, but by the loss of the perturbed network itself instead of its linearization."""
+    hyperparameters = named_values(stn, raw_BH)
     with precision:
-        output = batch.feed(stn.respond_in_training, raw=raw_BH)
-        hyperparameters = named_values(stn, raw_BH)
+        mixed = mix(stn, batch, hyperparameters)
+        output = mixed.batch.feed(stn.respond_in_training, raw=raw_BH)
+        batch = mixed.with_targets(output)
         loss = objective.training_loss(output, batch, hyperparameters)
-    if "weight_decay" in hyperparameters:
-        loss = loss + 0.5 * (hyperparameters["weight_decay"] * stn.squared_norm(raw_BH)).mean()
+        loss = sum(penalties(stn, output, hyperparameters, raw_BH, batch), loss)
     return updater.apply(loss, "training loss of the perturbed network", batch.rows.share)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from stn_fx.compiler.plan import Plan, SitePlan
+from stn_fx.hparams import CATALOGUE
 
 RATE_ATTRIBUTES = {"dropout": ("p",), "drop_path": ("drop_prob", "p")}
 """Where a module that is a site itself keeps its rate: torch and torchvision in ``p``, others in ``drop_prob``."""
@@ -58,7 +59,8 @@ def write_rates(model: nn.Module, plan: Plan, values: Mapping[str, float]) -> Fi
 def _place(site: SitePlan, modules: dict[str, nn.Module], plan: Plan) -> tuple[nn.Module, str] | str:
     """(module, attribute) that holds the rate of a site, or why there is none."""
     if site.entry not in RATE_ATTRIBUTES:
-        return f"{site.entry} acts on the input"
+        on_input = site.entry in CATALOGUE and CATALOGUE[site.entry].kind == "input"
+        return f"{site.entry} acts on the input" if on_input else f"no module of the model does what {site.entry} does"
     if site.inserted:
         return f"the site at {site.name} was inserted"
     module = modules.get(site.name)

@@ -16,10 +16,8 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from stn_fx.compiler.capture import CapturedGraph, CapturedModel
-from stn_fx.rules.drop_path import drop_path_site
-from stn_fx.rules.dropout import dropout_site
-from stn_fx.rules.input_sites import cutout_site, input_dropout_site
 from stn_fx.rules.layout import BatchLayout
+from stn_fx.rules.markers import is_marker
 from stn_fx.rules.tangent import differentiable
 
 aten = torch.ops.aten
@@ -27,7 +25,7 @@ PROBE_EXAMPLES, POISONED = 3, 1
 
 _IDENTITIES = {
     aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default,
-    torch.ops.stn_fx.drop_path.default, dropout_site, drop_path_site, cutout_site, input_dropout_site,
+    torch.ops.stn_fx.drop_path.default,
 }  # fmt: skip
 
 
@@ -228,7 +226,7 @@ def _probe_placeholder(
 
 def run_node(node: Node, env: dict[Node, Any], fixed_statistics: bool = True) -> Any:
     """Value of a call with nothing dropped; batch norms use fixed statistics, or the batch's without keeping them."""
-    if node.target in _IDENTITIES:
+    if node.target in _IDENTITIES or is_marker(node.target):
         return env[node.args[0]]
     arguments, options = map_arg(node.args, lambda n: env[n]), map_arg(dict(node.kwargs), lambda n: env[n])
     if node.target is aten.batch_norm.default:

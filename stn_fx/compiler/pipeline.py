@@ -10,15 +10,17 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from stn_fx.augment.image_format import ImageFormat
 from stn_fx.compiler.capture import CapturedGraph, CapturedModel, capture, register_dataclasses
 from stn_fx.compiler.forward_mode import lacks_forward_mode
 from stn_fx.compiler.functionalize import module_path
+from stn_fx.compiler.insertion import insert_sites
 from stn_fx.compiler.layouts import analyse_layouts, symbolic_axes
 from stn_fx.compiler.plan import Plan
 from stn_fx.compiler.planner import AnalysedGraph, plan_parameters, plan_sites
 from stn_fx.compiler.preconditions import require_batch, require_trainable
 from stn_fx.compiler.rewrite import rewrite
-from stn_fx.compiler.sites import choose_insertions, find_sites, insert_sites
+from stn_fx.compiler.sites import choose_insertions, find_sites
 from stn_fx.compiler.uses import ParameterFlow, find_uses
 from stn_fx.errors import BatchLayoutError, CaptureError, InputError
 from stn_fx.hparams import Selection
@@ -58,6 +60,7 @@ def compile_model(
     response: LowRank | None,
     batch_axis: BatchAxis,
     registry: Registry,
+    image_format: ImageFormat | None = None,
 ) -> CompiledModel:
     """Compile ``model`` for these example inputs.
 
@@ -65,13 +68,15 @@ def compile_model(
         CaptureError: the forward cannot be captured.
         BatchLayoutError: no input axis can be the batch, or a chosen site's batch layout is undecided.
         UnknownHyperparameterError: a selection matches nothing in this model.
+        InputError: there is nothing to train, or a colour operation without a format that fits its images.
     """
     require_trainable(model)
-    captured, note = _capture_with_batch_axis(model, args, kwargs, batch_axis)
+    captured, note = capture_with_batch_axis(model, args, kwargs, batch_axis)
     state = state_tensors(model, captured)
     names = canonical_names(model)
     found = find_sites(captured.training, model, registry)
-    insert_sites(captured.training, choose_insertions(captured.training, model, selections, found))
+    insertions = choose_insertions(captured.training, model, selections, found, image_format)
+    insert_sites(captured.training, insertions)
     for graph in (captured.training, captured.evaluation):
         _infer_missing_values(graph)
     analysed = {
@@ -82,9 +87,9 @@ def compile_model(
     if not any(each.conditioned for each in parameters):
         reasons = "; ".join(dict.fromkeys(f"{each.name}: {each.reason}" for each in parameters[:8]))
         raise CaptureError(f"No parameter of {type(model).__name__} can respond to hyperparameters. {reasons}")
-    sites, hyperparameters, chosen = plan_sites(
-        find_sites(captured.training, model, registry), selections, analysed["training"], _image_size(captured)
-    )
+    found = find_sites(captured.training, model, registry)
+    weights = [name for name, p in model.named_parameters() if p.requires_grad]
+    sites, hyperparameters, chosen = plan_sites(found, selections, analysed["training"], _image_size(captured), weights)
     fallbacks = _fallback_notes(captured, analysed.values(), registry)
     notes = (*captured.notes, *([note] if note else []), *chosen, *fallbacks)
     plan = Plan(tuple(parameters), tuple(sites), tuple(hyperparameters), effective, notes)
@@ -155,10 +160,13 @@ def _infer_missing_values(graph: CapturedGraph) -> None:
         node.meta["val"] = node.target(*arguments, **options)
 
 
-def _capture_with_batch_axis(
+def capture_with_batch_axis(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch_axis: BatchAxis
 ) -> tuple[CapturedModel, str]:
-    """Capture with the batch axis that the caller names, else with the first of 0 and 1 that the probe confirms."""
+    """Capture with the batch axis that the caller names, else with the first of 0 and 1 that the probe confirms.
+
+    The second value is a note for the report, empty where there is nothing to say.
+    """
     register_dataclasses((args, kwargs))
     require_batch(args, kwargs)
     flat = pytree.tree_leaves((args, kwargs))

@@ -68,6 +68,8 @@ class SitePlan:
     hyperparameters: tuple[tuple[str, str], ...] = ()
     """(component, full name) of the hyperparameters that act here; empty where none does."""
     reason: str = ""
+    options: dict[str, bool | int] = field(default_factory=dict)
+    """What was chosen of the catalogue entry's own options, such as ``locked`` for dropout."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """From captured graphs and the user's selections to the plan."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
@@ -192,11 +192,16 @@ def _covered(plan: ParameterPlan, through: tuple[str, ...]) -> ParameterPlan:
 
 
 def plan_sites(
-    found: list[FoundSite], selections: list[Selection], graph: AnalysedGraph, image_size: Any
+    found: list[FoundSite],
+    selections: list[Selection],
+    graph: AnalysedGraph,
+    image_size: Any,
+    weights: Collection[str] = (),
 ) -> tuple[list[SitePlan], list[ResolvedHyperparameter], list[str]]:
     """Which hyperparameter acts at which site of the training graph, and notes for the report.
 
-    A value that depends on parameters only is the same for every example, and so are its dropouts.
+    A value that depends on parameters only is the same for every example, and so are its dropouts. ``weights`` are the
+    names of the trained parameters, for terms of the loss with a pattern.
 
     Raises:
         InputError: several selections choose one site, and none is more specific.
@@ -206,16 +211,24 @@ def plan_sites(
     layouts, shared = graph.layouts, {site.node for site in found if site.node not in graph.flow.carries_batch}
     hyperparameters: dict[str, ResolvedHyperparameter] = {}
     acting: dict[str, tuple[tuple[str, str], ...]] = {}
+    options: dict[str, dict[str, bool | int]] = {}
     undecided: list[str] = []
     missed: list[str] = []
     winners = acting_selections(found, selections)
     for selection in selections:
         sites = [site for site, winner in winners.items() if winner is selection and site.node not in shared]
-        if not sites and selection.entry.kind != "loss":
+        without_site = selection.entry.kind in ("loss", "mixing")
+        if not sites and not without_site:
             if selection.required:
                 missed.append(_missed(selection, found))
             continue
-        if selection.entry.kind == "loss":
+        if without_site:
+            if selection.pattern is not None and not any(selection.matches(name) for name in weights):
+                missed.append(
+                    f"{selection.text!r} matches no trained parameter. Their names begin with: "
+                    f"{', '.join(sorted({name.split('.')[0] for name in weights}))}."
+                )
+                continue
             for each in resolve(selection, SiteContext(image_size=image_size)):
                 hyperparameters[each.name] = each
             continue
@@ -229,6 +242,7 @@ def plan_sites(
             for each in resolved:
                 hyperparameters.setdefault(each.name, each)
             acting[_key(site)] = tuple((each.component, each.name) for each in resolved)
+            options[_key(site)] = selection.options
     if missed:
         raise UnknownHyperparameterError("\n".join(missed))
     if undecided:
@@ -239,7 +253,8 @@ def plan_sites(
     plans = [
         SitePlan(
             site.name, site.entry, site.node.name, site.own_rate, site.inserted, layouts.get(site.node),
-            acting.get(_key(site), ()), "" if _key(site) in acting else _SHARED if site.node in shared else _UNASKED,
+            acting.get(_key(site), ()),
+            "" if _key(site) in acting else _SHARED if site.node in shared else _UNASKED, options.get(_key(site), {}),
         )
         for site in found
     ]  # fmt: skip
@@ -260,5 +275,6 @@ def _missed(selection: Selection, found: list[FoundSite]) -> str:
     return (
         f"{selection.text!r} matches nothing in this model. "
         + (f"It has these sites: {have}. " if names else "It has no site of any kind. ")
-        + "Any of weight_decay, label_smoothing and, for image inputs, cutout and input_dropout fits too."
+        + "Terms of the loss (weight_decay, label_smoothing) fit any model, and augmentations (rotation, cutout) image "
+        "inputs; `stn-fx hparams` lists them."
     )

@@ -16,6 +16,7 @@ from torch.fx import Node
 from stn_fx.compiler.cost import UpdateCost, predict_cost
 from stn_fx.compiler.pipeline import CompiledModel
 from stn_fx.compiler.plan import ParameterPlan, SitePlan
+from stn_fx.hparams.weight_groups import weight_groups
 from stn_fx.rules import Rule
 
 if TYPE_CHECKING:
@@ -77,6 +78,14 @@ class ParameterRow:
 
 
 @dataclass(frozen=True)
+class MatchRow:
+    """What one selection of the user matched: names of sites, of inputs, or of weights."""
+
+    text: str
+    matched: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Totals:
     """Scalars of the model's parameters, and what the response adds to them."""
 
@@ -99,6 +108,8 @@ class Report:
 
     model: str
     hyperparameters: tuple[HyperparameterRow, ...]
+    matches: tuple[MatchRow, ...]
+    """Selections with a pattern."""
     sites: tuple[SiteRow, ...]
     parameters: tuple[ParameterRow, ...]
     totals: Totals
@@ -113,6 +124,7 @@ class Report:
         return cls(
             model=type(stn.model).__name__,
             hyperparameters=_hyperparameter_rows(compiled, stn),
+            matches=_match_rows(compiled, stn),
             sites=_site_rows(compiled, stn),
             parameters=_parameter_rows(compiled),
             totals=_totals(compiled, stn),
@@ -139,6 +151,7 @@ class Report:
         return {
             "model": self.model,
             "hyperparameters": [_jsonable(row) for row in self.hyperparameters],
+            "matches": [_jsonable(row) for row in self.matches],
             "sites": [_jsonable(row) for row in self.sites],
             "parameters": [_jsonable(row) for row in self.parameters],
             "totals": asdict(self.totals) | {"conditioned_share": self.conditioned_share},
@@ -184,6 +197,23 @@ def _hyperparameter_rows(compiled: CompiledModel, stn: "SelfTuningModule") -> tu
         )
         for each in stn.hparams.resolved
     )  # fmt: skip
+
+
+def _match_rows(compiled: CompiledModel, stn: "SelfTuningModule") -> tuple[MatchRow, ...]:
+    weights = {name: p.ndim for name, p in stn.model.named_parameters() if p.requires_grad}
+    rows = []
+    for selection in stn.selections:
+        if selection.pattern is None:
+            continue
+        entry = selection.entry
+        if entry.pattern_over == "weights":
+            names = [each.name for each in compiled.plan.hyperparameters if each.entry == entry.name]
+            matched = weight_groups(names, weights)[selection.name_of(entry.components[0].name)]
+        else:
+            sites = [site for site in compiled.plan.sites if site.entry == entry.name and site.hyperparameters]
+            matched = [site.name for site in sites if selection.matches(site.name)]
+        rows.append(MatchRow(selection.text, tuple(dict.fromkeys(matched))))
+    return tuple(rows)
 
 
 def _site_rows(compiled: CompiledModel, stn: "SelfTuningModule") -> tuple[SiteRow, ...]:

@@ -40,6 +40,7 @@ def _summary(report: Report) -> list[str]:
             f"Cost of a training update: about {report.cost.ratio:.2f} times an ordinary one at batch size "
             f"{report.cost.batch_size} ({report.cost.matmul_ratio:.2f} times where matrix products take all the time)"
         )
+    lines += [f"{row.text} matched {', '.join(row.matched) or 'nothing that another left'}" for row in report.matches]
     return lines + [f"Note: {note}" for note in report.notes]
 
 

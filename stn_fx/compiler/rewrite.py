@@ -7,6 +7,7 @@ and the flattened inputs.
 
 import importlib
 import inspect
+import math
 import operator
 import re
 from collections.abc import Callable
@@ -100,7 +101,7 @@ class GraphEmitter:
             self._emit_item(node)
         elif self._needs_general_way(node, rule):
             self._emit_per_example(node)
-        elif self.kind == "response" and self.captured.training and getattr(rule, "site", ""):
+        elif self.kind == "response" and self.captured.training and rule is not None and _is_site(node, rule):
             self.values[node] = rule.base(self, node)  # sites hold no parameters: what responds is their input
         elif self.kind == "response":
             self.values[node] = rule.respond(self, node) if rule is not None else self.copy(node)
@@ -358,7 +359,11 @@ class GraphEmitter:
 
     def upper_bound(self, node: Node, part: str) -> int:
         name = dict(self.sites[node.name].hyperparameters)[part]
-        return int(self.plan.hyperparameters[self.plan.column(name)].high)
+        return math.ceil(self.plan.hyperparameters[self.plan.column(name)].high)
+
+    def option(self, node: Node, name: str) -> Any:
+        site = self.sites.get(node.name)
+        return False if site is None else site.options.get(name, False)
 
     @property
     def draws(self) -> Node:
@@ -391,6 +396,10 @@ class GraphEmitter:
             self.graph.output(values)
             return
         self.graph.output((values, [self.tangent(result) for result in results]))
+
+
+def _is_site(node: Node, rule: Rule) -> bool:
+    return "site_entry" in node.meta or bool(getattr(rule, "site", ""))
 
 
 def function_by_name(module: str, name: str) -> Callable[..., Any]:

@@ -4,31 +4,26 @@ Inserted sites (DESIGN 3.11) stand where the standard recipes put them: on the b
 each activation, and before the classifier; or at the outputs of modules that the user names with a pattern.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from stn_fx.augment.image_format import ImageFormat
 from stn_fx.compiler.capture import CapturedGraph
 from stn_fx.compiler.functionalize import module_path
+from stn_fx.compiler.input_sites import choose_input_sites
+from stn_fx.compiler.insertion import Insertion
 from stn_fx.compiler.layouts import symbolic_axes
 from stn_fx.hparams import Selection
 from stn_fx.hparams.pattern import matches
 from stn_fx.rules import Registry
-from stn_fx.rules.drop_path import drop_path_site
-from stn_fx.rules.dropout import dropout_site
-from stn_fx.rules.input_sites import cutout_site, input_dropout_site
+from stn_fx.rules.custom import reference
 
 aten = torch.ops.aten
 
-_INSERTED = {
-    "dropout": dropout_site,
-    "drop_path": drop_path_site,
-    "cutout": cutout_site,
-    "input_dropout": input_dropout_site,
-}
 _ADDITIONS = {aten.add.Tensor}
 _ACTIVATIONS = {"relu", "relu6", "gelu", "silu", "hardswish", "elu", "selu", "leaky_relu", "tanh", "mish", "hardtanh"}
 _LAYERS = {"linear", "addmm", "conv1d", "conv2d", "conv3d", "matmul"}
@@ -45,16 +40,6 @@ class FoundSite:
     inserted: bool = False
 
 
-@dataclass(frozen=True)
-class Insertion:
-    """A site to insert: after ``node``, for ``users`` only (None = all)."""
-
-    entry: str
-    name: str
-    node: Node
-    users: tuple[Node, ...] | None = None
-
-
 def find_sites(captured: CapturedGraph, model: nn.Module, registry: Registry) -> list[FoundSite]:
     """Every site of the training graph, in order, with unique names (one name for each module)."""
     modules = dict(model.named_modules())
@@ -63,7 +48,7 @@ def find_sites(captured: CapturedGraph, model: nn.Module, registry: Registry) ->
     counts: dict[str, int] = {}
     for node in captured.graph.nodes:
         rule: Any = registry.find(node)
-        entry = getattr(rule, "site", None)
+        entry = node.meta.get("site_entry") or getattr(rule, "site", None)
         if entry is None or not rule.is_site(node):
             continue
         if "site_name" in node.meta:
@@ -104,44 +89,31 @@ def _mark_attention_dropouts(captured: CapturedGraph, modules: dict[str, nn.Modu
 
 
 def choose_insertions(
-    captured: CapturedGraph, model: nn.Module, selections: list[Selection], found: list[FoundSite]
+    captured: CapturedGraph,
+    model: nn.Module,
+    selections: list[Selection],
+    found: list[FoundSite],
+    image_format: ImageFormat | None = None,
 ) -> list[Insertion]:
-    """Sites to insert for selections that the model has no site for, and for input augmentations. Pure."""
-    insertions: list[Insertion] = []
+    """Sites to insert for selections that the model has no site for, and for input augmentations. Pure.
+
+    Raises:
+        InputError: a selection acts on what pixels mean, and the input or its format does not allow that.
+    """
+    insertions = choose_input_sites(captured, selections, image_format)
     for selection in selections:
         entry = selection.entry.name
-        if selection.entry.kind == "input":
-            insertions += _input_insertion(captured, entry)
-        elif entry in ("dropout", "drop_path") and selection.required:
+        if selection.entry.kind == "site" and selection.required:
             if any(site.entry == entry and selection.matches(site.name) for site in found):
                 continue
             if selection.pattern is not None:
-                insertions += _module_outputs(captured, model, entry, selection.pattern)
+                apply = selection.entry.apply
+                arguments = () if apply is None else (reference(apply),)
+                outputs = _module_outputs(captured, model, entry, selection.pattern)
+                insertions += [replace(each, arguments=arguments) for each in outputs]
             elif not any(site.entry == entry for site in found):
                 insertions += _recipe(captured, entry)
     return insertions
-
-
-def insert_sites(captured: CapturedGraph, insertions: list[Insertion]) -> None:
-    """Put the chosen sites into (a copy of) the training graph."""
-    for insertion in insertions:
-        users = list(insertion.node.users) if insertion.users is None else list(insertion.users)
-        with captured.graph.inserting_after(insertion.node):
-            site = captured.graph.call_function(_INSERTED[insertion.entry], (insertion.node,))
-        site.meta = {**insertion.node.meta, "site_name": insertion.name}
-        for user in users:
-            user.replace_input_with(insertion.node, site)
-
-
-def _input_insertion(captured: CapturedGraph, entry: str) -> list[Insertion]:
-    placeholders = captured.placeholders()
-    for name in captured.inputs:
-        value = placeholders[name].meta.get("val")
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            continue
-        if symbolic_axes(value, captured.batch_symbol) and (entry != "cutout" or value.ndim == 4):
-            return [Insertion(entry, name, placeholders[name])]
-    return []
 
 
 def _module_outputs(captured: CapturedGraph, model: nn.Module, entry: str, pattern: str) -> list[Insertion]:

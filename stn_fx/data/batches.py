@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stn_fx.augment.image_format import ImageFormat
 from stn_fx.data.images import ImageSet, Splits
 from stn_fx.errors import InputError
 
@@ -27,6 +28,11 @@ class Normalisation:
     def apply(self, images: Tensor) -> Tensor:
         """Float images (B, C, H, W) of mean 0 and variance 1, from uint8."""
         return (images.float() / 255 - self.mean_C[:, None, None]) / self.std_C[:, None, None]
+
+    @property
+    def image_format(self) -> ImageFormat:
+        """The same, as augmentations take it."""
+        return ImageFormat(tuple(self.mean_C.tolist()), tuple(self.std_C.tolist()))
 
 
 class ImageBatches:

@@ -5,6 +5,7 @@ The way of the data: `hparams` argument -> `parse_hparams` -> `Selection` -> (pl
 """
 
 from stn_fx.hparams.catalogue import CATALOGUE
+from stn_fx.hparams.custom import CustomHyperparameter
 from stn_fx.hparams.entry import Catalogue, Component, Entry, SiteContext
 from stn_fx.hparams.hyperparameter import Hyperparameter
 from stn_fx.hparams.resolve import ResolvedHyperparameter, resolve
@@ -15,6 +16,7 @@ __all__ = [
     "CATALOGUE",
     "Catalogue",
     "Component",
+    "CustomHyperparameter",
     "Entry",
     "Hyperparameter",
     "HyperparameterSpace",

@@ -1,13 +1,14 @@
 """The types of the catalogue: entries, their components, and defaults that depend on the place in the model."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from stn_fx.errors import InputError, UnknownHyperparameterError
 
-Kind = Literal["site", "input", "loss"]
-PatternOver = Literal["modules"]
+Kind = Literal["site", "input", "loss", "mixing"]
+PatternOver = Literal["modules", "inputs", "weights"]
+Needs = Literal["floating", "image", "pixels", "colour", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -88,16 +89,36 @@ class Component:
 
 
 @dataclass(frozen=True)
+class Option:
+    """A setting of an entry that is chosen and not tuned, such as `locked` in `dropout(locked)`.
+
+    Attributes:
+        name: what users write.
+        description: one line.
+        default: a boolean for a flag, else an integer; None where the user must say it.
+    """
+
+    name: str
+    description: str
+    default: bool | int | None = False
+
+
+@dataclass(frozen=True)
 class Entry:
     """A regularizer of the catalogue.
 
     Attributes:
         name: what users write.
-        kind: where it acts: `site` (places inside the model), `input`, or `loss`.
+        kind: where it acts: `site` (places inside the model), `input`, `loss`, or `mixing` (across the examples of a
+            batch, before the model).
         components: its scalars, at least one.
         description: one line.
         source: the paper or recipe that bounds and initial values come from.
         pattern_over: what a pattern after `@` selects; None where the entry takes no pattern.
+        needs: for `input` entries, what the input must be: `floating` (any), `image` (4-d), `pixels` (an image whose
+            numbers have a known meaning, with 1 or 3 channels), `colour` (the same with 3), `tokens` (integers).
+        options: settings that are chosen and not tuned.
+        apply: what a hyperparameter of the user's own does; see `stn_fx.hparams.custom`.
     """
 
     name: str
@@ -106,6 +127,9 @@ class Entry:
     description: str
     source: str
     pattern_over: PatternOver | None = None
+    needs: Needs = "floating"
+    options: tuple[Option, ...] = ()
+    apply: Callable[..., Any] | None = None
 
     def component(self, name: str) -> Component:
         """The component of that name; KeyError where there is none."""

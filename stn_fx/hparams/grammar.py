@@ -8,6 +8,8 @@ from stn_fx.hparams import pattern as patterns
 
 OptionValue = float | bool | tuple[float, float]
 
+NUMBERS = ("initial", "scale", "low", "high", "discrete")
+
 _ITEM = re.compile(r"^(?P<name>[^@()]*?)\s*(?:@(?P<pattern>[^()]*?)\s*)?(?:\((?P<options>[^()]*)\))?$")
 
 
@@ -63,10 +65,10 @@ def parse_item(text: str) -> ParsedItem:
 
 
 def _parse_option(option: str, text: str) -> tuple[str, OptionValue]:
-    """`shared` (true), `key=number`, `key=true|false` or `key=low..high`."""
+    """`flag` (true), `key=number`, `key=true|false` or `key=low..high`."""
     key, equals, value = (part.strip() for part in option.partition("="))
     if not equals:
-        if key != "shared":
+        if key.rpartition(".")[2] in NUMBERS:
             raise InputError(f"{text!r}: option {key!r} has no value. Write {key}=VALUE or {key}=LOW..HIGH.")
         return key, True
     if value.lower() in ("true", "false"):

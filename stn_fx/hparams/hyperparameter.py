@@ -1,7 +1,9 @@
 """`Hyperparameter`: what a user says about one hyperparameter; all that is left out comes from the catalogue."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from numbers import Real
 
 from stn_fx.errors import InputError, OutOfBoundsError
@@ -20,6 +22,7 @@ class Hyperparameter:
         scale: initial standard deviation of the perturbation, in raw space.
         discrete: whether the value is rounded to an integer.
         shared: one value for all places that match, instead of one for each.
+        options: the entry's own options by name, such as `{"mask_token": 103}`.
 
     Raises:
         InputError: a setting is of the wrong kind, not finite, or contradicts another.
@@ -33,6 +36,7 @@ class Hyperparameter:
     scale: float | None = None
     discrete: bool | None = None
     shared: bool | None = None
+    options: Mapping[str, bool | int] = dataclass_field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip():

@@ -5,6 +5,7 @@ The string form:
     selection  = item {"," item}
     item       = name ["@" pattern] ["(" option {"," option} ")"]
     option     = "shared" | "initial=0.1" | "scale=0.5" | "low=0" | "high=0.5" | "discrete=true"
+               | an entry's own: "locked" | "mask_token=103"
                | component "=" low ".." high | component "." option
 
 for example `dropout@layer4.*(shared, initial=0.1), cutout(length=2..16, holes=1..3), weight_decay`. Nothing here knows
@@ -13,15 +14,18 @@ a model: what a selection matches in it is decided when the model is planned.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from stn_fx.errors import InputError, UnknownHyperparameterError
 from stn_fx.hparams import pattern as patterns
 from stn_fx.hparams.catalogue import CATALOGUE
+from stn_fx.hparams.custom import CustomHyperparameter
 from stn_fx.hparams.entry import Catalogue, Entry
 from stn_fx.hparams.grammar import ParsedItem, parse_item, split_items
 from stn_fx.hparams.hyperparameter import Hyperparameter
 from stn_fx.hparams.suggestions import describe_unknown
 
+Chosen = Hyperparameter | CustomHyperparameter
 SETTINGS = ("initial", "low", "high", "scale", "discrete")
 
 
@@ -34,6 +38,7 @@ class Selection:
         pattern: where it acts (see `stn_fx.hparams.pattern`); None for everywhere.
         shared: one value for all places instead of one for each.
         overrides: settings by component name; components without settings are absent.
+        options: what was chosen of the entry's own options, by name; see `Selection.option`.
         text: what the user wrote, for messages.
         required: whether matching nothing is an error; False for the default selection.
     """
@@ -42,6 +47,7 @@ class Selection:
     pattern: str | None = None
     shared: bool = False
     overrides: dict[str, Hyperparameter] = field(default_factory=dict)
+    options: dict[str, bool | int] = field(default_factory=dict)
     text: str = ""
     required: bool = True
 
@@ -54,9 +60,9 @@ class Selection:
 
         A shared selection with a pattern is named after it (`dropout@layer4`), so that two of them stay apart.
         """
-        if self.shared and self.pattern is not None:
+        if self.pattern is not None and (self.shared or self.entry.pattern_over == "weights"):
             return f"{self.entry.full_name(component)}@{self.pattern}"
-        places = self.entry.pattern_over is not None and not self.shared
+        places = self.entry.pattern_over == "modules" and not self.shared
         return self.entry.full_name(component, place if places else None)
 
 
@@ -70,12 +76,13 @@ def default_selections(catalogue: Catalogue = CATALOGUE) -> list[Selection]:
 
 
 def parse_hparams(
-    hparams: str | Hyperparameter | Iterable[str | Hyperparameter] | None, catalogue: Catalogue = CATALOGUE
+    hparams: str | Chosen | Iterable[str | Chosen] | None, catalogue: Catalogue = CATALOGUE
 ) -> list[Selection]:
     """Selections in the order in which their entries are first named.
 
     Args:
-        hparams: a comma-separated string, `Hyperparameter` objects, an iterable of both, or None for the default.
+        hparams: a comma-separated string, `Hyperparameter` and `CustomHyperparameter` objects, an iterable of them, or
+            None for the default.
         catalogue: where names are looked up.
 
     Raises:
@@ -88,6 +95,9 @@ def parse_hparams(
     if isinstance(hparams, Mapping):
         example = ", ".join(f"{name}(initial={value})" for name, value in hparams.items())
         raise InputError(f"hparams is a mapping, whose values would be ignored. Write it as '{example}'.")
+    hparams = _as_list(hparams)
+    own = [each.entry() for each in hparams if isinstance(each, CustomHyperparameter)]
+    catalogue = Catalogue([*catalogue, *own]) if own else catalogue
     items = _items(hparams)
     if not items:
         raise InputError(
@@ -108,20 +118,26 @@ def parse_hparams(
     return list(selections.values())
 
 
-def _items(hparams: str | Hyperparameter | Iterable[str | Hyperparameter]) -> list[ParsedItem]:
-    if isinstance(hparams, (str, Hyperparameter)):
-        hparams = [hparams]
+def _as_list(hparams: Any) -> list[Any]:
+    if isinstance(hparams, (str, Hyperparameter, CustomHyperparameter)):
+        return [hparams]
     if not isinstance(hparams, Iterable):
         raise InputError(
             f"hparams is a {type(hparams).__name__}; pass a string such as 'dropout,cutout', or a list of strings and "
             f"Hyperparameter objects."
         )
+    return list(hparams)
+
+
+def _items(hparams: list[Any]) -> list[ParsedItem]:
     items: list[ParsedItem] = []
     for part in hparams:
         if isinstance(part, str):
             items += [parse_item(text) for text in split_items(part)]
         elif isinstance(part, Hyperparameter):
             items.append(_item_of_object(part))
+        elif isinstance(part, CustomHyperparameter):
+            items.append(ParsedItem(part.name, part.at, {}, part.name))
         else:
             raise InputError(f"hparams contains {part!r}, which is neither a string nor a Hyperparameter.")
     return items
@@ -137,6 +153,7 @@ def _item_of_object(hyperparameter: Hyperparameter) -> ParsedItem:
         )
     settings = {key: getattr(hyperparameter, key) for key in (*SETTINGS, "shared")}
     options = {key: value for key, value in settings.items() if value is not None}
+    options |= hyperparameter.options
     return ParsedItem(parsed.name, parsed.pattern, options, text=repr(hyperparameter))
 
 
@@ -155,15 +172,18 @@ def _select(item: ParsedItem, catalogue: Catalogue) -> tuple[Selection, str | No
     found = _lookup(item.name, catalogue)
     assert found is not None, "unknown names are refused before"
     entry, component = found
-    options = dict(item.options)
+    options: dict[str, object] = dict(item.options)
     shared = options.pop("shared", False)
     if not isinstance(shared, bool):
         raise InputError(f"{item.text}: shared={shared} is not a boolean. Write 'shared' or leave it out.")
+    if entry.pattern_over in ("inputs", "weights") and shared:
+        raise InputError(f"{item.text}: {entry.name} has one value for all {entry.pattern_over} anyway. Leave it out.")
     if entry.pattern_over is None and (item.pattern is not None or shared):
         raise InputError(
             f"{item.text}: {entry.name} acts at one place ({entry.kind}), so it takes neither a pattern nor 'shared'. "
             f"Write {entry.name!r}."
         )
+    chosen = _take_options(entry, options, item.text)
     settings: dict[str, dict[str, object]] = {}
     for key, value in options.items():
         for target, setting, number in _assign(entry, component, key, value, item.text):
@@ -172,7 +192,25 @@ def _select(item: ParsedItem, catalogue: Catalogue) -> tuple[Selection, str | No
         target: Hyperparameter(f"{entry.name}.{target}" if len(entry.components) > 1 else entry.name, **values)  # type: ignore[arg-type]
         for target, values in settings.items()
     }
-    return Selection(entry, item.pattern, shared, overrides, item.text), component
+    return Selection(entry, item.pattern, shared, overrides, chosen, item.text), component
+
+
+def _take_options(entry: Entry, options: dict[str, object], text: str) -> dict[str, bool | int]:
+    """The entry's own options, taken out of `options`; those that are left out have their defaults."""
+    chosen: dict[str, bool | int] = {}
+    for option in entry.options:
+        value = options.pop(option.name, option.default)
+        if value is None:
+            raise InputError(
+                f"{text}: {entry.name} needs {option.name} ({option.description}). Write for example "
+                f"{entry.name}({option.name}=103)."
+            )
+        flag = isinstance(option.default, bool)
+        if isinstance(value, bool) is not flag or not isinstance(value, (int, float)) or value != int(value):
+            form = f"a flag: write {option.name} or leave it out" if flag else "a whole number"
+            raise InputError(f"{text}: {option.name}={value} is not of the right form; it is {form}.")
+        chosen[option.name] = value if isinstance(value, bool) else int(value)
+    return chosen
 
 
 def _assign(entry: Entry, component: str | None, key: str, value: object, text: str) -> list[tuple[str, str, object]]:
@@ -188,7 +226,8 @@ def _assign(entry: Entry, component: str | None, key: str, value: object, text: 
     raise InputError(
         f"{text}: {key!r} is not an option of {entry.name}, or its value is not of the right form. Options are "
         f"{', '.join(prefix + each for each in SETTINGS)}"
-        f"{', shared' if entry.pattern_over else ''}, and ranges such as {names[-1]}=0..1"
+        f"{''.join(f', {option.name}' for option in entry.options)}"
+        f"{', shared' if entry.pattern_over == 'modules' else ''}, and ranges such as {names[-1]}=0..1"
         f"{'' if len(names) == 1 else ' (components: ' + ', '.join(names) + ')'}."
     )
 
@@ -196,7 +235,7 @@ def _assign(entry: Entry, component: str | None, key: str, value: object, text: 
 def _merge(first: Selection, second: Selection) -> Selection:
     """Two items about one entry at the same places, such as `cutout` and `Hyperparameter("cutout.length", ...)`."""
     twice = first.overrides.keys() & second.overrides.keys()
-    if twice or first.shared != second.shared:
-        what = f"component {', '.join(sorted(twice))}" if twice else "'shared'"
+    if twice or first.shared != second.shared or first.options != second.options:
+        what = f"component {', '.join(sorted(twice))}" if twice else "'shared' or another option"
         raise InputError(f"{first.text!r} and {second.text!r} differ on {what}. Keep one of the two.")
     return replace(first, overrides=first.overrides | second.overrides, text=f"{first.text}, {second.text}")

@@ -26,7 +26,7 @@ def _hint(name: str, catalogue: Catalogue) -> str:
     head, _, tail = plain.partition(".")
     if tail and head in catalogue:
         entry = catalogue[head]
-        if entry.pattern_over is not None:
+        if entry.pattern_over == "modules":
             return f"to choose a place in the model, write {head}@{name.partition('.')[2]}"
         return f"components of {head} are {', '.join(component.name for component in entry.components)}"
     near = difflib.get_close_matches(plain, catalogue.names, n=1)

@@ -15,17 +15,21 @@ def load_builtin_rules() -> Registry:
     from stn_fx.rules import (  # noqa: F401  (imported for registration)
         attention,
         convolution,
+        custom,
         drop_path,
         dropout,
         elementwise,
         embedding,
+        image_sites,
         input_sites,
         linear,
+        noise,
         normalization,
         opaque,
         pooling,
         recurrent,
         structural,
+        token_sites,
     )
 
     return REGISTRY

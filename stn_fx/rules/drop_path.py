@@ -15,11 +15,13 @@ from torch.fx import Node
 from stn_fx.augment import dropout as masks
 from stn_fx.augment.draws import Draws
 from stn_fx.rules.layout import align
+from stn_fx.rules.markers import marks
 from stn_fx.rules.rule import REGISTRY, Emitter, Rule
 
 aten = torch.ops.aten
 
 
+@marks("drop_path")
 def drop_path_site(x: Tensor) -> Tensor:
     """Marks a residual branch where the plan inserts drop path into a model that has none there."""
     return x

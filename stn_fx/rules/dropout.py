@@ -12,12 +12,15 @@ from torch.fx import Node
 
 from stn_fx.augment import dropout as masks
 from stn_fx.augment.draws import Draws
-from stn_fx.rules.layout import align
+from stn_fx.errors import InputError
+from stn_fx.rules.layout import align, unpack
+from stn_fx.rules.markers import marks
 from stn_fx.rules.rule import REGISTRY, Emitter, Rule
 
 aten = torch.ops.aten
 
 
+@marks("dropout")
 def dropout_site(x: Tensor) -> Tensor:
     """Marks a place where the plan inserts an element-wise dropout into a model that has none there."""
     return x
@@ -25,8 +28,19 @@ def dropout_site(x: Tensor) -> Tensor:
 
 def multiplier(form: str, x: Tensor, rate: Any, layout: Any, draws: Draws, name: str) -> Tensor:
     """Multiplier of one dropout site, broadcastable to ``x``; ``rate`` is one number per example (B,), or for all."""
+    if form == "locked":
+        return _locked_multiplier(x, rate, layout, draws, name)
     noise_shape = masks.channel_shape(x) if form == "channel" else None
     return masks.dropout_multiplier(x, _aligned_rate(x, rate, layout), draws, name, noise_shape)
+
+
+def _locked_multiplier(x: Tensor, rate: Tensor, layout: Any, draws: Draws, name: str) -> Tensor:
+    """One mask for all time steps: the first axis of an example, or what is folded with the batch."""
+    unit = list(unpack(x, layout).shape[1:])  # of one example, with what is folded at the batch's place
+    time = layout[0] if unit[layout[0]] != 1 else (1 if layout[0] == 0 else 0)
+    unit[time] = 1
+    per_example = rate.to(x.dtype).reshape(-1, *[1] * len(unit))
+    return align(masks.dropout_multiplier(x, per_example, draws, name, (len(rate), *unit)), layout, x.ndim)
 
 
 def alpha_terms(form: str, x: Tensor, rate: Any, layout: Any, draws: Draws, name: str) -> tuple[Tensor, Tensor]:
@@ -68,7 +82,7 @@ class DropoutRule(Rule):
 
     def _terms(self, emit: Emitter, node: Node) -> tuple[Any, Any]:
         rate = emit.rate(node)
-        form = "element" if node.target is dropout_site else _FORMS[node.target._opname]
+        form = self._form(emit, node)
         x = emit.value(node.args[0])
         layout = emit.layout(node) if rate is not None else None
         arguments = (form, x, self.own_rate(node) if rate is None else rate, layout, emit.draws, emit.site_name(node))
@@ -76,6 +90,20 @@ class DropoutRule(Rule):
             terms = emit.call(alpha_terms, *arguments)
             return emit.item(terms, 0), emit.item(terms, 1)
         return emit.call(multiplier, *arguments), None
+
+    def _form(self, emit: Emitter, node: Node) -> str:
+        form = "element" if node.target is dropout_site else _FORMS[node.target._opname]
+        for option, chosen in (("locked", "locked"), ("channels", "channel")):
+            if not emit.option(node, option):
+                continue
+            if form != "element" or emit.rank(node) < 3:
+                raise InputError(
+                    f"dropout({option}) cannot be applied at {emit.site_name(node)}: it is for element-wise dropout of "
+                    f"values with 3 or more axes, and this is {form} dropout of {emit.rank(node)}. Choose other sites "
+                    f"with a pattern, such as dropout@encoder({option})."
+                )
+            form = chosen
+        return form
 
     def _idle(self, emit: Emitter, node: Node) -> bool:
         return not self.is_site(node) or (emit.rate(node) is None and self.own_rate(node) == 0)

@@ -1,4 +1,4 @@
-"""Augmentations at the model's input: the plan inserts a site, which this rule lowers in the training passes.
+"""Augmentations of any floating input: the plan inserts a site, which a rule lowers in the training passes.
 
 The input carries no tangent (hypergradients flow only through the response), so only the primal is emitted.
 """
@@ -8,33 +8,30 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-from stn_fx.augment.cutout import cutout, draw_centres
 from stn_fx.augment.draws import Draws
 from stn_fx.augment.dropout import dropout_multiplier
-from stn_fx.rules.layout import align, pack, unpack
+from stn_fx.augment.noise import scaled_noise
+from stn_fx.rules.layout import align
+from stn_fx.rules.markers import marks
 from stn_fx.rules.rule import REGISTRY, Emitter, Rule
 
 
-def cutout_site(x: Tensor) -> Tensor:
-    """Marks an image input that cutout acts on."""
-    return x
-
-
+@marks("input_dropout")
 def input_dropout_site(x: Tensor) -> Tensor:
     """Marks an input whose elements are dropped."""
     return x
 
 
-def apply_cutout(
-    x: Tensor, holes: Tensor, length: Tensor, max_holes: int, layout: Any, draws: Draws, name: str
-) -> Tensor:
-    """Cutout with holes and length per example, both (B,)."""
-    stack = unpack(x, layout)  # (B, n, C, H, W): n images an example
-    images = stack.flatten(0, 1)
-    centres = draw_centres(images, max_holes, draws, name)
-    copies = stack.shape[1]
-    done = cutout(images, holes.repeat_interleave(copies), length.repeat_interleave(copies), centres)
-    return pack(done.reshape(stack.shape), layout)
+@marks("input_scale")
+def input_scale_site(x: Tensor) -> Tensor:
+    """Marks an input that is multiplied by one factor for each example."""
+    return x
+
+
+@marks("gaussian_noise")
+def gaussian_noise_site(x: Tensor) -> Tensor:
+    """Marks an input that noise is added to."""
+    return x
 
 
 def apply_input_dropout(x: Tensor, rate: Tensor, layout: Any, draws: Draws, name: str) -> Tensor:
@@ -42,7 +39,27 @@ def apply_input_dropout(x: Tensor, rate: Tensor, layout: Any, draws: Draws, name
     return x * dropout_multiplier(x, align(rate.to(x.dtype), layout, x.ndim), draws, name)
 
 
-class _InputRule(Rule):
+def apply_input_scale(x: Tensor, strength: Tensor, layout: Any, draws: Draws, name: str) -> Tensor:
+    """Input times one factor per example, uniform within its strength (B,) of 1."""
+    unit_B = draws.uniform(strength.shape, x, name).mul_(2).sub_(1)
+    return x * align((1 + unit_B * strength.to(unit_B.dtype)).to(x.dtype), layout, x.ndim)
+
+
+def apply_gaussian_noise(x: Tensor, std: Tensor, layout: Any, draws: Draws, name: str) -> Tensor:
+    """Input plus Gaussian noise with one standard deviation per example, (B,)."""
+    return x + scaled_noise(x, align(std, layout, x.ndim), draws, name)
+
+
+_APPLIED = {
+    input_dropout_site: apply_input_dropout,
+    input_scale_site: apply_input_scale,
+    gaussian_noise_site: apply_gaussian_noise,
+}
+
+
+class InputRule(Rule):
+    """What the rules of all input sites share."""
+
     def is_site(self, node: Node) -> bool:
         """Inserted by the plan, so always a site."""
         return True
@@ -59,27 +76,12 @@ class _InputRule(Rule):
 
 
 @REGISTRY.register
-class CutoutRule(_InputRule):
-    """Cutout (DeVries & Taylor 2017)."""
+class FloatingInputRule(InputRule):
+    """Dropout, a factor, or noise on an input of any shape."""
 
-    name = "cutout"
-    site = "cutout"
-    targets = (cutout_site,)
-
-    def base(self, emit: Emitter, node: Node) -> Any:
-        x, holes, length = emit.value(node.args[0]), emit.rate(node, "holes"), emit.rate(node, "length")
-        most = emit.upper_bound(node, "holes")
-        return emit.call(apply_cutout, x, holes, length, most, emit.layout(node), emit.draws, emit.site_name(node))
-
-
-@REGISTRY.register
-class InputDropoutRule(_InputRule):
-    """Dropout of input elements."""
-
-    name = "input dropout"
-    site = "input_dropout"
-    targets = (input_dropout_site,)
+    name = "input"
+    targets = tuple(_APPLIED)
 
     def base(self, emit: Emitter, node: Node) -> Any:
-        x, rate = emit.value(node.args[0]), emit.rate(node)
-        return emit.call(apply_input_dropout, x, rate, emit.layout(node), emit.draws, emit.site_name(node))
+        x, strength = emit.value(node.args[0]), emit.rate(node)
+        return emit.call(_APPLIED[node.target], x, strength, emit.layout(node), emit.draws, emit.site_name(node))

@@ -77,10 +77,13 @@ class Emitter(Protocol):
         """Size of an axis that does not depend on the batch."""
 
     def upper_bound(self, node: Node, part: str) -> int:
-        """Upper bound of a discrete hyperparameter that acts at this site."""
+        """Upper bound of the hyperparameter that acts at this site, rounded up."""
 
     def rate(self, node: Node, part: str = "") -> Node | None:
         """Constrained values (B,) of the hyperparameter that acts at this site; None if none does."""
+
+    def option(self, node: Node, name: str) -> Any:
+        """What was chosen of the site's catalogue entry's own options; False where no hyperparameter acts here."""
 
     @property
     def draws(self) -> Node:

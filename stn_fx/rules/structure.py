@@ -56,6 +56,10 @@ class Response(nn.Module):
         """``|w + DeltaW_i|^2 - |w|^2`` for every example, (B,), without forming per-example weights."""
         raise NotImplementedError
 
+    def inner_product(self, direction: Tensor, delta_BH: Tensor) -> Tensor:
+        """``<direction, DeltaW_i>`` for every example, (B,), without forming per-example weights."""
+        raise NotImplementedError
+
 
 class RowWise(Response):
     """``DeltaW_i = diag(V delta_i) U`` along ``row_axis``; ``U`` shaped like W, ``V`` (O, H)."""
@@ -83,10 +87,14 @@ class RowWise(Response):
 
     def squared_norm_change(self, weight: Tensor, delta_BH: Tensor) -> Tensor:
         scales_BO = delta_BH @ self.V.t()
-        others = [a for a in range(len(self.shape)) if a != self.row_axis]
-        inner_O = (weight * self.U).sum(others)
-        square_O = self.U.square().sum(others)
-        return 2 * scales_BO @ inner_O + scales_BO.square() @ square_O
+        square_O = self.U.square().sum(self._others())
+        return 2 * self.inner_product(weight, delta_BH) + scales_BO.square() @ square_O
+
+    def inner_product(self, direction: Tensor, delta_BH: Tensor) -> Tensor:
+        return delta_BH @ self.V.t() @ (direction * self.U).sum(self._others())
+
+    def _others(self) -> list[int]:
+        return [a for a in range(len(self.shape)) if a != self.row_axis]
 
 
 class LowRankResponse(Response):
@@ -121,11 +129,13 @@ class LowRankResponse(Response):
 
     def squared_norm_change(self, weight: Tensor, delta_BH: Tensor) -> Tensor:
         scales_Br = delta_BH @ self.V.t()
-        rows = weight.movedim(self.row_axis, 0).flatten(1)
         flat = self.B.flatten(1)
-        inner_r = ((self.A.t() @ rows) * flat).sum(1)
         gram_rr = (self.A.t() @ self.A) * (flat @ flat.t())
-        return 2 * scales_Br @ inner_r + ((scales_Br @ gram_rr) * scales_Br).sum(1)
+        return 2 * self.inner_product(weight, delta_BH) + ((scales_Br @ gram_rr) * scales_Br).sum(1)
+
+    def inner_product(self, direction: Tensor, delta_BH: Tensor) -> Tensor:
+        rows = direction.movedim(self.row_axis, 0).flatten(1)
+        return delta_BH @ self.V.t() @ ((self.A.t() @ rows) * self.B.flatten(1)).sum(1)
 
 
 class Exact(Response):
@@ -147,10 +157,15 @@ class Exact(Response):
         return self.G @ delta
 
     def squared_norm_change(self, weight: Tensor, delta_BH: Tensor) -> Tensor:
-        jacobian = self.G.flatten(0, -2) if self.G.ndim > 1 else self.G.unsqueeze(0)
-        inner_H = weight.flatten() @ jacobian
+        jacobian = self._jacobian()
         gram_HH = jacobian.t() @ jacobian
-        return 2 * delta_BH @ inner_H + ((delta_BH @ gram_HH) * delta_BH).sum(1)
+        return 2 * self.inner_product(weight, delta_BH) + ((delta_BH @ gram_HH) * delta_BH).sum(1)
+
+    def inner_product(self, direction: Tensor, delta_BH: Tensor) -> Tensor:
+        return delta_BH @ (direction.flatten() @ self._jacobian())
+
+    def _jacobian(self) -> Tensor:
+        return self.G.flatten(0, -2) if self.G.ndim > 1 else self.G.unsqueeze(0)
 
 
 def row_scales(V: Tensor, delta_BH: Tensor) -> Tensor:
