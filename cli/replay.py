@@ -12,7 +12,7 @@ from stn_fx.bilevel.records import SchedulePoint
 from stn_fx.bilevel.replay import FollowSchedule
 
 from .progress import LiveProgress
-from .tables import replay_table
+from .tables import replay_table, write_comparison
 from .tune import image_task
 from .tune_options import TuneOptions
 
@@ -47,6 +47,8 @@ def replay(
         callbacks = [LiveProgress(console, way), FollowSchedule(points(recorded, way))]
         runs[str(way)] = task.fixed(recipe, options.seed if seed is None else seed, callbacks)
     console.print(replay_table(runs, options.epochs))
+    write_comparison(run / "replay.csv", runs)
+    console.print(f"Written to {run / 'replay.csv'}")
 
 
 def points(recorded: RecordedRun, way: Way) -> list[SchedulePoint]:

@@ -1,22 +1,36 @@
 """The tables that a finished run ends with."""
 
+import csv
+import io
 from collections.abc import Mapping
+from pathlib import Path
 
 from rich.table import Table
 
+from stn_fx.bilevel.atomic import write_atomically
 from stn_fx.bilevel.comparison import Run
 
 
-def comparison_table(tuned: Run, fixed: Run | None, epochs: int) -> Table:
+def comparison_table(runs: Mapping[str, Run], epochs: int) -> Table:
     """Loss and accuracy of the tuned run, next to the run at the initial values where there is one."""
-    runs = {"tuned": tuned} | ({"fixed": fixed} if fixed is not None else {})
-    caption = "fixed: the same model, hyperparameters at their start values" if fixed is not None else None
+    caption = "fixed: the same model, hyperparameters at their start values" if "fixed" in runs else None
     return _table(runs, epochs, caption)
 
 
 def replay_table(runs: Mapping[str, Run], epochs: int) -> Table:
     """Loss and accuracy of plain training along a schedule, by the way that it was followed."""
     return _table(runs, epochs, "trained from scratch by the base pass alone, nothing tuned")
+
+
+def write_comparison(path: Path, runs: Mapping[str, Run]) -> None:
+    """What the tables show, as CSV: one row for each run, at its epoch with the lowest validation loss."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["run", "valid_loss", "valid_accuracy", "test_loss", "test_accuracy", "epoch", "seconds"])
+    for name, run in runs.items():
+        best, losses = run.result.best, (run.valid.loss, run.valid.accuracy, run.test.loss, run.test.accuracy)
+        writer.writerow([name, *losses, best.epoch if best else None, round(run.seconds, 3)])
+    write_atomically(path, lambda temporary: temporary.write_text(text.getvalue()))
 
 
 def _table(runs: Mapping[str, Run], epochs: int, caption: str | None) -> Table:

@@ -1,24 +1,28 @@
 """`stn-fx tune`: train a model on images and tune its hyperparameters, then compare with the start values."""
 
+import json
+import re
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from torch import nn
 
 from stn_fx.bilevel import Checkpoint, RunFolder
+from stn_fx.bilevel.atomic import write_atomically
 from stn_fx.bilevel.checkpoint_file import checkpoints_in
 from stn_fx.bilevel.image_task import ImageTask
 from stn_fx.bilevel.steps import ENTROPY_WEIGHT
 from stn_fx.data import Splits, load_images, split_images
+from stn_fx.data.batches import Normalisation
 from stn_fx.errors import InputError
 from stn_fx.model_reference import input_channels, load_model
 
 from .options import OptimizerName, ScheduleName, parse_arguments, parse_device, parse_response
 from .progress import LiveProgress
-from .tables import comparison_table
+from .tables import comparison_table, write_comparison
 from .tune_options import TuneOptions
 
 SMALL_PIXELS = 16
@@ -37,7 +41,7 @@ def tune(
         str, typer.Option(help="What to tune, separated by commas; options in parentheses, places after @.")
     ] = "dropout,cutout,weight_decay",
     data: Annotated[
-        str, typer.Option(help="digits, or a path: idx files, an .npz archive, or an image folder.")
+        str, typer.Option(help="digits, or a path: idx files, .npz (x, y or x_train, ...), image folder.")
     ] = "digits",
     epochs: Annotated[int, typer.Option(min=1, rich_help_panel=TRAINING, help="Passes over the training data.")] = 30,
     batch_size: Annotated[int, typer.Option(min=1, rich_help_panel=TRAINING)] = 64,
@@ -80,7 +84,7 @@ def tune(
         str, typer.Option(rich_help_panel=TUNING, help="How weights respond: rowwise, or lowrank:RANK (cheaper).")
     ] = "rowwise",
     warmup: Annotated[
-        int | None, typer.Option(min=0, rich_help_panel=TUNING, help="Epochs before tuning begins; else a tenth.")
+        int | None, typer.Option(min=0, rich_help_panel=TUNING, help="Epochs before tuning begins; else two fifths.")
     ] = None,
     train_steps: Annotated[
         int, typer.Option(min=1, rich_help_panel=TUNING, help="Training updates between rounds of tuning.")
@@ -142,8 +146,9 @@ def tune(
 
     [bold]What is left[/bold]
 
-    A run folder with values.json, schedule.csv and .json, history.csv and .json, schedule.png, and model.pt (the
-    weights at the lowest validation loss, under the model's own keys). Ctrl-C and SIGTERM save before they end the run.
+    A run folder with values.json, schedule.csv and .json, history.csv and .json, schedule.png, comparison.csv, model.pt
+    (the weights at the lowest validation loss, under the model's own keys), and model.json (how to build and feed it).
+    Ctrl-C and SIGTERM save before they end the run.
     """
     console = Console()
     if resume is not None:
@@ -156,6 +161,8 @@ def tune(
         folder = RunFolder(out or _default_folder(model, data), overwrite)
         options.write(folder.path)
     task, recipe = image_task(console, options), options.recipe()
+    how = json.dumps(_how_to_load(options, task.splits), indent=2)
+    write_atomically(folder.path / "model.json", lambda temporary: temporary.write_text(how))
     console.print(f"Run folder: {folder.path}")
 
     def saved(name: str) -> Checkpoint:
@@ -177,7 +184,15 @@ def tune(
     except KeyboardInterrupt:
         console.print(f"To go on: stn-fx tune --resume {folder.path}", soft_wrap=True)
         raise
-    console.print(comparison_table(tuned, fixed, options.epochs))
+    runs = {"tuned": tuned} | ({} if fixed is None else {"fixed": fixed})
+    console.print(comparison_table(runs, options.epochs))
+    write_comparison(folder.path / "comparison.csv", runs)
+    best = tuned.result.best
+    if best is not None and best.outer_step == 0 < tuned.result.history[-1].outer_step:
+        console.print(
+            f"The lowest validation loss was in epoch {best.epoch}, before tuning began: model.pt holds weights that "
+            f"the tuned values did not train. More epochs, a lower --lr or a shorter --warmup may help."
+        )
     console.print(f"Values, schedule, picture and weights: {folder.path}")
 
 
@@ -193,6 +208,21 @@ def image_task(console: Console, options: TuneOptions) -> ImageTask:
         return load_model(options.model, len(splits.classes), splits.train.channels, arguments).model
 
     return ImageTask(build, splits, options.hparams, structure, options.batch_size, place)
+
+
+def _how_to_load(options: TuneOptions, splits: Splits) -> dict[str, Any]:
+    """What it takes to use model.pt: the model's arguments, and what was done to the images."""
+    image_format = Normalisation.of(splits.train).image_format
+    return {
+        "model": options.model,
+        "arguments": parse_arguments(options.model_arg),
+        "classes": list(splits.classes),
+        "channels": splits.train.channels,
+        "image_size": list(splits.train.size),
+        "pixels": "(value in [0, 1] - mean) / std, by channel",
+        "mean": image_format.mean,
+        "std": image_format.std,
+    }
 
 
 def _require_nothing_beside_resume(context: typer.Context) -> None:
@@ -237,4 +267,6 @@ def _with_channels(console: Console, splits: Splits, channels: int | None) -> Sp
 
 
 def _default_folder(model: str, data: str) -> Path:
-    return Path("runs") / f"{model}-{Path(data).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    # Not every file system takes the colon of a reference, and the slash of a path would make folders.
+    name = re.sub(r"[^\w.-]+", "-", re.sub(r"\.py(?=:|$)", "", model)).strip("-.")
+    return Path("runs") / f"{name}-{Path(data).stem}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -1,6 +1,7 @@
 """The facade: ``transform`` compiles a module into a ``SelfTuningModule``."""
 
 from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,11 @@ from stn_fx.errors import InputError, StnError
 from stn_fx.hparams import HyperparameterSpace, Selection, parse_hparams
 from stn_fx.hparams.selection import Chosen
 from stn_fx.rules import Registry, load_builtin_rules
-from stn_fx.rules.structure import LowRank, Response
+from stn_fx.rules.structure import LowRank, Response, square_norm
 from stn_fx.rules.tangent import differentiable
+
+KEPT_CAPTURES = 8
+"""Captures kept for shapes, modes and settings that come back; bounded, as some models never stop changing theirs."""
 
 HparamsArgument = str | Iterable[str | Chosen] | Chosen | None
 
@@ -44,7 +48,9 @@ def transform(
         hparams: a comma-separated string, a list of names, ``Hyperparameter`` and ``CustomHyperparameter`` objects, or
             None for every dropout and drop-path site that the model has and weight decay.
         example_inputs: tuple of positional or dict of keyword inputs, one batch; None = the first batch that is seen.
-        batch_axis: where the batch lies in the inputs: an int, or one per input (flattened); None = by analysis.
+        batch_axis: where the batch lies in the inputs: an int, or one per input (flattened). None = the first of axes 0
+            and 1 along which the examples are independent; a model that is independent along both (a linear layer over
+            a sequence) is taken as batch-first, so a sequence-first one needs ``batch_axis=1``.
         response: "rowwise" (the papers'), or ``LowRank(r)``.
         rules: operator rules; None = the built-in ones (``stn_fx.rules.load_builtin_rules().copy()`` to add to).
         seed: of the response's initial values and of all masks; None = torch's initial seed.
@@ -59,6 +65,10 @@ def transform(
         raise InputError("This module is already a SelfTuningModule. Pass the user's own model.")
     if response != "rowwise" and not isinstance(response, LowRank):
         raise InputError(f"response={response!r} is neither 'rowwise' nor LowRank(r).")
+    if rules is not None and not isinstance(rules, Registry):
+        raise InputError(f"rules is a {type(rules).__name__}; pass a registry: load_builtin_rules().copy(), added to.")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise InputError(f"seed={seed!r} must be a whole number or None.")
     stn = SelfTuningModule(model, hparams, batch_axis, response, rules, seed, image_format)
     if example_inputs is not None:
         stn.compile_for(example_inputs)
@@ -93,6 +103,7 @@ class SelfTuningModule(nn.Module):
         self._image_format = image_format
         self._generators: dict[str, torch.Generator] = {}
         self._captures: list[_Capture] = []
+        self._live: set[int] = set()
         self._example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.response = nn.Module()
         self.finalized: Finalized | None = None
@@ -113,8 +124,10 @@ class SelfTuningModule(nn.Module):
         else:
             self._build_parameters(compiled)
         axes = compiled.captured.batch_axes
+        self._live |= {id(module) for leaf in compiled.captured.opaque for module in leaf.module.modules()}
         signature = (input_signature(args, kwargs, axes), self._surroundings())
         self._captures.insert(0, _Capture(compiled, signature, compiled.captured.training_flags))
+        del self._captures[KEPT_CAPTURES:]
         self._example = tree_detached((args, kwargs))
         return compiled
 
@@ -163,7 +176,7 @@ class SelfTuningModule(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Captured graphs and generators do not pickle: they are made again from the example and the states."""
         state = dict(self.__dict__)
-        state["_captures"] = []
+        state["_captures"], state["_live"] = [], set()
         state["_generators"] = {device: g.get_state() for device, g in self._generators.items()}
         return state
 
@@ -244,6 +257,7 @@ class SelfTuningModule(nn.Module):
 
     def _displacement(self, raw: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
         raw_BH = self.hparams.raw.unsqueeze(0).expand(batch, -1) if raw is None else raw
+        self._require_like_raw("raw", raw_BH)
         if raw_BH.ndim == 1:
             raw_BH = raw_BH.unsqueeze(0).expand(batch, -1)
         if raw_BH.shape != (batch, len(self.hparams)):
@@ -253,6 +267,12 @@ class SelfTuningModule(nn.Module):
             )
         # Without the detach the displacement is identically zero, and with it the hypergradient.
         return raw_BH, raw_BH - self.hparams.raw.detach()
+
+    def _require_like_raw(self, name: str, value: Any) -> None:
+        mine = self.hparams.raw
+        if not isinstance(value, Tensor) or (value.dtype, value.device) != (mine.dtype, mine.device):
+            given = f"{value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(f"{name} must be a tensor of {mine.dtype} on {mine.device} like hparams.raw, not {given}.")
 
     # ---- parameters
 
@@ -272,6 +292,13 @@ class SelfTuningModule(nn.Module):
 
     def weight_response(self, delta: Tensor) -> dict[str, Tensor]:
         """``{qualified name: DeltaW}`` for one displacement (H,), dense."""
+        self._require_capture()
+        self._require_like_raw("delta", delta)
+        if delta.shape != self.hparams.raw.shape:
+            raise InputError(
+                f"delta has shape {tuple(delta.shape)}, not ({len(self.hparams)},): one number per hyperparameter "
+                f"({', '.join(self.hparams.names)})."
+            )
         return {name: response.dense(delta) for name, response in self.responses().items()}
 
     def squared_norm(self, raw: Tensor | None = None, names: Iterable[str] | None = None) -> Tensor:
@@ -282,10 +309,10 @@ class SelfTuningModule(nn.Module):
         """
         weights = self.penalized(names)
         if raw is None:
-            return _total([w.square().sum() for w in weights.values()], self.hparams.raw)
+            return _total([square_norm(w) for w in weights.values()], self.hparams.raw)
         delta_BH = raw - self.hparams.raw.detach()
-        total = _total([w.detach().square().sum() for w in weights.values()], raw).expand(raw.shape[0])
-        for name, response in self._responses_of_parameters(weights):
+        total = _total([square_norm(w.detach()) for w in weights.values()], raw).expand(raw.shape[0])
+        for name, response in self.responses_of_parameters(weights):
             total = total + response.squared_norm_change(weights[name].detach(), delta_BH)
         return total
 
@@ -299,11 +326,11 @@ class SelfTuningModule(nn.Module):
             return _total([w.abs().sum() for w in weights.values()], self.hparams.raw)
         delta_BH = raw - self.hparams.raw.detach()
         total = _total([w.detach().abs().sum() for w in weights.values()], raw).expand(raw.shape[0])
-        for name, response in self._responses_of_parameters(weights):
+        for name, response in self.responses_of_parameters(weights):
             total = total + response.inner_product(weights[name].detach().sign(), delta_BH)
         return total
 
-    def _responses_of_parameters(self, names: Container[str]) -> Iterator[tuple[str, Response]]:
+    def responses_of_parameters(self, names: Container[str]) -> Iterator[tuple[str, Response]]:
         """The responses of these parameters, without those of effective weights.
 
         An effective weight may bear its parameter's name, but its response is no change of that parameter.
@@ -344,6 +371,15 @@ class SelfTuningModule(nn.Module):
             self._generators[str(where)] = torch.Generator(where).manual_seed(self._seed)
         return self._generators[str(where)]
 
+    @contextmanager
+    def drawing_from(self, generators: dict[str, torch.Generator]) -> Iterator[None]:
+        """Draw masks from these generators, by device, instead of the module's own."""
+        own, self._generators = self._generators, generators
+        try:
+            yield
+        finally:
+            self._generators = own
+
     def _draws(self) -> Draws:
         return Draws(self.generator())
 
@@ -359,7 +395,7 @@ class SelfTuningModule(nn.Module):
 
     def _surroundings(self) -> Any:
         """What else than the inputs a capture holds for."""
-        return module_signature(self.model), ambient_autocast(self.model)
+        return module_signature(self.model, self._live), ambient_autocast(self.model)
 
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[CompiledModel, list[Any]]:
         """The compiled model that fits these inputs, captured anew where none does, and the flattened inputs."""
@@ -396,7 +432,7 @@ def tree_detached(tree: Any) -> Any:
 
 def _full_tangent(primal: Any, tangent: Any) -> Any:
     if not differentiable(primal):
-        return None if tangent is None else tangent
+        return tangent
     return torch.zeros_like(primal) if tangent is None else tangent
 
 

@@ -4,6 +4,7 @@ It has the part of `SelfTuningModule` that `stn_fx.bilevel` uses.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from stn_fx.errors import StnError
 from stn_fx.hparams import HyperparameterSpace, parse_hparams, resolve
+from stn_fx.rules.structure import Exact
 
 
 class FakeSelfTuningModule(nn.Module):
@@ -36,11 +38,21 @@ class FakeSelfTuningModule(nn.Module):
         resolved = [each for selection in self.selections for each in resolve(selection)]
         weight = self.model.weight
         self.hparams = HyperparameterSpace(resolved, dtype=weight.dtype)
-        self.G = nn.Parameter(torch.zeros(*weight.shape, len(resolved), dtype=weight.dtype))
+        self.exact = Exact(weight.shape, len(resolved)).to(weight.dtype)
         self._compiled = SimpleNamespace(captured=SimpleNamespace(batch_axes=(0,)))
+
+    @property
+    def G(self) -> nn.Parameter:
+        return self.exact.G
 
     def generator(self, device: str | None = None) -> torch.Generator:
         return self._generator
+
+    @contextmanager
+    def drawing_from(self, generators: dict[str, torch.Generator]) -> Iterator[None]:
+        own, self._generator = self._generator, generators["cpu"]
+        yield
+        self._generator = own
 
     def base_parameters(self) -> Iterator[nn.Parameter]:
         return self.model.parameters()
@@ -62,10 +74,11 @@ class FakeSelfTuningModule(nn.Module):
         self.calls.append(("respond", self.training))
         return self.model(x) + torch.einsum("boi,bi->bo", self._change(raw), x)
 
-    def squared_norm(self, raw: Tensor | None = None, names: list[str] | None = None) -> Tensor:
-        if raw is None:
-            return self.model.weight.square().sum()
-        return (self.model.weight.detach() + self._change(raw)).square().sum((1, 2))
+    def penalized(self, names: list[str] | None = None) -> dict[str, nn.Parameter]:
+        return {"weight": self.model.weight}
+
+    def responses_of_parameters(self, names: object) -> list[tuple[str, Exact]]:
+        return [("weight", self.exact)]
 
     def _change(self, raw_BH: Tensor) -> Tensor:
         return torch.einsum("oih,bh->boi", self.G, raw_BH - self.hparams.raw.detach())

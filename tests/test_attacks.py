@@ -144,3 +144,18 @@ def test_convert_does_not_overwrite_what_it_did_not_write(tmp_path: Path) -> Non
         CliRunner().invoke(app, ["convert", str(path), "--out", str(path / "x.py"), "--input-shape", "4"]).exit_code
         == 1
     )
+
+
+@pytest.mark.parametrize("axis", [7, -1, True, "0", 1.5])
+def test_a_batch_axis_that_is_none_is_named(axis: object) -> None:
+    with pytest.raises(InputError, match="batch_axis="):
+        stn_fx.transform(nn.Linear(6, 3).double(), "weight_decay", (X,), batch_axis=axis)  # type: ignore[arg-type]
+
+
+def test_a_model_whose_settings_go_on_changing_keeps_a_few_captures() -> None:
+    model = nn.Linear(6, 3).double()
+    stn = transformed(model).train()
+    for step in range(12):
+        model.temperature = float(step)
+        stn(X)
+    assert len(stn._captures) == 8

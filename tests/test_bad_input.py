@@ -143,3 +143,23 @@ def test_constants_are_inputs_and_a_new_value_is_captured_anew(mode: Any) -> Non
     stn = stn_fx.transform(model, "weight_decay", (X, "lower")).eval()
     torch.testing.assert_close(stn.respond(X, "lower"), model(X, "lower"))
     torch.testing.assert_close(stn.respond(X, mode), model(X, mode))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda stn, x: stn.respond(x, raw=[0.0, 0.0]), "raw must be a tensor of torch.float32 on cpu.*not list"),
+        (lambda stn, x: stn.respond(x, raw=torch.zeros(8, 2).double()), "not torch.float64 on cpu"),
+        (lambda stn, x: stn.linearize(x, raw=torch.zeros(7, 2)), r"not \(8, 2\): one row per example"),
+        (lambda stn, x: stn.weight_response(torch.zeros(3)), r"delta has shape \(3,\), not \(2,\)"),
+        (lambda stn, x: stn.weight_response([0.0, 0.0]), "delta must be a tensor"),
+        (lambda stn, x: stn_fx.transform(stn.model, seed="a"), "seed='a' must be a whole number"),
+        (lambda stn, x: stn_fx.transform(stn.model, rules="conv"), "rules is a str; pass a registry"),
+        (lambda stn, x: stn_fx.transform(stn.model, response="full"), "neither 'rowwise' nor LowRank"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(call: Callable[..., Any], message: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.1), nn.Linear(4, 3))
+    stn = stn_fx.transform(model, "dropout,weight_decay", (X,), seed=0)
+    with pytest.raises(InputError, match=message):
+        call(stn, X)

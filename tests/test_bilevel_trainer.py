@@ -45,10 +45,17 @@ def test_a_result_holds_schedule_history_values_and_best():
     assert not result.interrupted
 
 
-@pytest.mark.parametrize(("train_steps", "valid_steps", "expected"), [(5, 1, 4), (4, 3, 15), (20, 2, 2), (100, 1, 0)])
+@pytest.mark.parametrize(("train_steps", "valid_steps", "expected"), [(5, 1, 4), (4, 3, 15), (20, 2, 2)])
 def test_inner_and_outer_steps_alternate(train_steps, valid_steps, expected):
     result = make_trainer().fit(5, warmup_epochs=0, train_steps=train_steps, valid_steps=valid_steps)
     assert result.history[-1].outer_step == expected
+
+
+@pytest.mark.parametrize("options", [{"warmup_epochs": 0, "train_steps": 100}, {"warmup_epochs": 5}])
+def test_a_run_without_room_for_an_outer_step_says_so(options):
+    with pytest.warns(UserWarning, match="Nothing was tuned"):
+        result = make_trainer().fit(5, **options)
+    assert result.history[-1].outer_step == 0
 
 
 def test_the_same_seed_gives_the_same_run():
@@ -221,8 +228,8 @@ def test_a_schedule_needs_the_number_of_batches():
         trainer.fit(4, callbacks=[LearningRateSchedule()])
 
 
-@pytest.mark.parametrize(("epochs", "expected"), [(1, 0), (2, 1), (9, 1), (30, 3)])
-def test_warm_up_is_a_tenth_of_the_epochs(epochs, expected):
+@pytest.mark.parametrize(("epochs", "expected"), [(1, 0), (2, 1), (9, 3), (30, 12)])
+def test_warm_up_is_two_fifths_of_the_epochs(epochs, expected):
     result = make_trainer().fit(epochs, train_steps=1)
     first = next((point.epoch for point in result.schedule if point.outer_step), None)
     assert first == expected + 1

@@ -15,6 +15,7 @@ from stn_fx.bilevel import (
     BilevelTrainer,
     DeltaSTN,
     EveryKth,
+    FixedHyperparameters,
     GlobalSampling,
     Linearized,
     OnFraction,
@@ -243,3 +244,18 @@ def test_stn_trains_and_tunes_through_the_trainer():
     assert result.values != result.schedule[0].values
     assert result.skipped == 0
     assert stn.model[1].running_mean.abs().sum() > 0
+
+
+def test_learning_the_response_does_not_touch_the_training_of_the_model():
+    data = classification_batches(0)
+    trained = []
+    for algorithm in (stn_fx.DeltaSTN, FixedHyperparameters):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Dropout(0.3), nn.Linear(6, 3)).double()
+        stn = stn_fx.transform(model, "dropout,input_dropout,mixup,weight_decay", (data[0][0],), seed=0)
+        steps = algorithm(stn, loss=F.cross_entropy)
+        for batch in (*data, *data):
+            steps.inner_step(batch)
+        trained.append(model.state_dict())
+    for name, tensor in trained[0].items():
+        assert torch.equal(tensor, trained[1][name]), name

@@ -1,3 +1,4 @@
+import csv
 import json
 import os
 import re
@@ -57,10 +58,15 @@ def test_tune_ends_with_a_comparison_and_leaves_a_run_folder(model, tmp_path):
         assert expected in text
     names = {path.name for path in out.iterdir()}
     assert names >= {"values.json", "schedule.json", "schedule.csv", "schedule.png", "history.csv", "model.pt"}
+    rows = list(csv.DictReader((out / "comparison.csv").read_text().splitlines()))
+    assert [row["run"] for row in rows] == ["tuned", "fixed"]
+    assert all(0 < float(row["test_loss"]) < 10 for row in rows)
     values = json.loads((out / "values.json").read_text())
     assert set(values["values"]) == {"dropout.2", "cutout.holes", "cutout.length", "weight_decay"}
     assert values["values"] != values["initial_values"]
     assert set(torch.load(out / "model.pt", weights_only=True)) == {"0.weight", "0.bias", "4.weight", "4.bias"}
+    how = json.loads((out / "model.json").read_text())
+    assert (how["channels"], len(how["classes"]), len(how["mean"])) == (1, 10, 1)
 
 
 def test_tune_on_a_data_root_of_ones_own(model, tmp_path):

@@ -75,7 +75,7 @@ def test_random_numbers_of_an_activation_are_the_same_in_primal_and_tangent():
 
     stn, x = wrapped([stn_fx.CustomHyperparameter("mask", mask, "activation", 0.4, at="3")])
     with torch.no_grad():
-        stn.responses()["0.weight"].V.normal_(generator=torch.Generator().manual_seed(1))
+        stn.responses()["0.weight"].U.normal_(generator=torch.Generator().manual_seed(1))
     stn.model[4].weight.data = torch.eye(4, dtype=torch.float64)[:3]
     stn.model[4].bias.data.zero_()
     primal, tangent = stn.linearize(x, raw=torch.randn(5, 1, dtype=torch.float64))
@@ -100,6 +100,8 @@ def test_emitted_code_names_the_function(example):
         ({"name": "a", "acts_on": "activation"}, "say of which modules"),
         ({"name": "a", "acts_on": "loss", "at": "layer"}, "not usable"),
         ({"name": "a", "acts_on": "loss", "apply": 3}, "pass a function"),
+        ({"name": "a", "acts_on": "input", "apply": lambda x, value: x}, r"called with \(x, value, draws\)"),
+        ({"name": "a", "acts_on": "loss", "apply": lambda x: x}, r"called with \(output, target, value\)"),
     ],
 )
 def test_mistakes(arguments, message):

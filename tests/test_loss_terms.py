@@ -10,6 +10,7 @@ from stn_fx.augment import Draws
 from stn_fx.augment.mixing import draw_cutmix, draw_mixup
 from stn_fx.bilevel import STN, Objective, WithoutLinearization
 from stn_fx.bilevel.batch import Batch
+from stn_fx.bilevel.decay import Decay
 from stn_fx.bilevel.mixing import mix
 from stn_fx.bilevel.penalties import entropy, penalties
 from stn_fx.bilevel.updates import named_values
@@ -64,6 +65,28 @@ def test_norms_are_those_of_the_responded_weights(hparams, response):
     same = stn.hparams.raw.detach().expand(5, -1)
     base = sum(penalties(stn, None, named_values(stn, same)))
     torch.testing.assert_close(base, sum(penalties(stn, None, named_values(stn, same), same)))
+
+
+@pytest.mark.parametrize("response", ["rowwise", stn_fx.LowRank(2)])
+@pytest.mark.parametrize("perturbed", [False, True])
+def test_decay_in_place_is_that_of_autograd(perturbed, response):
+    stn = wrapped("weight_decay,weight_decay@0,weight_decay@5.bias", response)
+    raw_BH = (stn.hparams.raw + 0.1 * torch.randn(5, len(stn.hparams), dtype=torch.float64)).detach()
+    values = named_values(stn, raw_BH)
+    term = sum(penalties(stn, None, values, raw_BH if perturbed else None))
+    trained = list(stn.response_parameters() if perturbed else stn.base_parameters())
+    expected = torch.autograd.grad(term, trained, allow_unused=True)
+    decay = Decay(stn, values, raw_BH if perturbed else None)
+    torch.testing.assert_close(decay.value, term.detach())
+    left_out, *rest = [(p, g) for p, g in zip(trained, expected, strict=True) if g is not None]
+    decay.add_gradient(0.5, [p for p, _ in rest])
+    assert left_out[0].grad is None
+    for parameter, gradient in rest:
+        torch.testing.assert_close(parameter.grad, 0.5 * gradient)
+    Decay(stn, values, raw_BH if perturbed else None).add_gradient(0.5, trained)
+    torch.testing.assert_close(left_out[0].grad, 0.5 * left_out[1])
+    for parameter, gradient in rest:
+        torch.testing.assert_close(parameter.grad, gradient)
 
 
 def test_confidence_penalty_is_the_entropy():
@@ -160,7 +183,8 @@ def test_the_joint_loss_of_stn_has_the_gradient_of_the_norms_in_base_and_respons
     steps = STN(stn, Objective(train=lambda output, content, values: 0.0 * output.sum(1)))
     with torch.no_grad():
         stn.hparams.raw.add_(0.01)
-    raw_BH = (stn.hparams.raw + 1e-3 * torch.randn(5, len(stn.hparams), dtype=torch.float64)).detach()
+    noise_BH = 1e-5 * torch.randn(5, len(stn.hparams), dtype=torch.float64)  # too little to change a weight's sign
+    raw_BH = (stn.hparams.raw + noise_BH).detach()
     batch = steps.prepare((X, torch.zeros(5).long()))
     trained = [*stn.base_parameters(), *stn.response_parameters()]
     actual = torch.autograd.grad(steps._loss(batch, raw_BH), trained, allow_unused=True, materialize_grads=True)
@@ -184,7 +208,10 @@ def test_the_joint_loss_of_stn_has_the_gradient_of_the_norms_in_base_and_respons
                 norm = dense.abs().sum() if name.startswith("l1") else 0.5 * dense.square().sum()
                 expected = expected + values[name][i] * norm / 5
     torch.testing.assert_close(
-        actual, torch.autograd.grad(expected, trained, allow_unused=True, materialize_grads=True)
+        actual,
+        torch.autograd.grad(expected, trained, allow_unused=True, materialize_grads=True),
+        rtol=1e-6,
+        atol=1e-14,  # gradients of the response are as small as the displacement
     )
 
 

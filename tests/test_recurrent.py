@@ -128,7 +128,7 @@ def test_per_example_weights_are_never_formed() -> None:
     x = torch.randn(batch, 3, size)
     for response in RESPONSES.values():
         stn = stn_fx.transform(nn.LSTM(size, size, batch_first=True), "weight_decay", (x,), response=response)
-        with torch.profiler.profile(profile_memory=True) as profiler:
+        with torch.profiler.profile(profile_memory=True, acc_events=True) as profiler:
             sum(t.sum() for t in _floats(stn.linearize(x))).backward()
             sum(t.sum() for t in _floats(stn.respond(x))).backward()
         events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]

@@ -17,7 +17,7 @@ STRUCTURES = {
 
 def made(name: str) -> Response:
     response = STRUCTURES[name]().double()
-    response.initialise(torch.randn(response.shape), torch.Generator().manual_seed(0))
+    response.initialise(torch.Generator().manual_seed(0))
     return response
 
 
@@ -54,6 +54,30 @@ def test_the_norm_agrees_with_dense_weights(name: str) -> None:
     torch.testing.assert_close(response.squared_norm_change(weight, delta_BH), expected)
 
 
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_the_norm_has_the_gradient_of_dense_weights(name: str) -> None:
+    response, weight = randomised(name), torch.randn(STRUCTURES[name]().shape, dtype=torch.float64, requires_grad=True)
+    delta_BH = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    norms = response.squared_norm_change(weight, delta_BH)
+    dense = torch.stack([(weight + response.dense(d)).square().sum() - weight.square().sum() for d in delta_BH])
+    wanted = [weight, delta_BH, *response.parameters()]
+    cotangent = torch.randn(7, dtype=torch.float64)
+    torch.testing.assert_close(
+        torch.autograd.grad(norms, wanted, cotangent), torch.autograd.grad(dense, wanted, cotangent)
+    )
+    coefficient_B = torch.rand(7, dtype=torch.float64)
+    value, add = response.penalize(weight.detach(), delta_BH.detach(), coefficient_B)
+    torch.testing.assert_close(value, coefficient_B @ norms.detach())
+    wanted = list(response.parameters())
+    expected = torch.autograd.grad(response.squared_norm_change(weight, delta_BH), wanted, coefficient_B)
+    add(1.0)
+    torch.testing.assert_close([p.grad for p in wanted], list(expected))
+    response.penalize(weight.detach(), delta_BH.detach(), coefficient_B)[1](2.0)  # adds to what is there
+    torch.testing.assert_close([p.grad for p in wanted], [3 * g for g in expected])
+    each = torch.func.vmap(lambda delta_H: response.squared_norm_change(weight, delta_H.unsqueeze(0))[0])(delta_BH)
+    torch.testing.assert_close(each, norms)
+
+
 def test_row_wise_scales_rows() -> None:
     response, delta = randomised("row-wise, axis 1"), torch.randn(5, dtype=torch.float64)
     scales = row_scales(response.V, delta.unsqueeze(0))[0]
@@ -67,11 +91,10 @@ def test_exact_changes_are_stacked() -> None:
 
 
 def test_the_same_seed_gives_the_same_response_in_every_dtype() -> None:
-    weight = torch.randn(4, 3, 2)
     single, double = STRUCTURES["row-wise"](), STRUCTURES["row-wise"]().double()
     for response in (single, double):
-        response.initialise(weight, torch.Generator().manual_seed(3))
-    torch.testing.assert_close(single.U.double(), double.U, rtol=1e-6, atol=0)
+        response.initialise(torch.Generator().manual_seed(3))
+    torch.testing.assert_close(single.V.double(), double.V, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("rank", [0, -1, 2.0, True, "8"])

@@ -12,6 +12,7 @@ the whole graph.
 import argparse
 import copy
 import csv
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -198,12 +199,16 @@ class Timings:
 
 
 def interleave(variants: dict[str, Callable[[], None]], repetitions: int, warm_up: int = 2) -> Timings:
-    """Run every variant in turn, ``repetitions`` times after ``warm_up`` rounds."""
+    """Run every variant in turn, ``repetitions`` times after ``warm_up`` rounds.
+
+    The order is another one in every round, because a variant leaves its memory behind for the next one.
+    """
     timings = Timings({name: [] for name in variants})
+    order = random.Random(0)
     for repetition in range(repetitions + warm_up):
-        for name, run in variants.items():
+        for name in order.sample(list(variants), len(variants)):
             start = time.perf_counter()
-            run()
+            variants[name]()
             if repetition >= warm_up:
                 timings.seconds[name].append(time.perf_counter() - start)
     return timings

@@ -91,6 +91,22 @@ class ReplayDraws(Draws):
         """As `Draws.normal`; InputError where the recorded numbers have another shape."""
         return self._recall(("normal", name), shape, like, super().normal)
 
+    def gamma(self, concentration: Tensor, like: Tensor, name: str) -> Tensor:
+        """As `Draws.gamma`; InputError where the recorded numbers have another shape."""
+
+        def draw(shape: Sequence[int], like: Tensor, name: str) -> Tensor:
+            return Draws.gamma(self, concentration, like, name)
+
+        return self._recall(("gamma", name), concentration.shape, like, draw)
+
+    def permutation(self, size: int, like: Tensor, name: str) -> Tensor:
+        """As `Draws.permutation`; InputError where the recorded order has another size."""
+
+        def draw(shape: Sequence[int], like: Tensor, name: str) -> Tensor:
+            return Draws.permutation(self, size, like, name)
+
+        return self._recall(("permutation", name), (size,), like, draw)
+
     def bits(self, shape: Sequence[int], like: Tensor, name: str) -> Tensor:
         """As `Draws.bits`; InputError where the recorded numbers have another shape."""
         return self._recall(("bits", name), shape, like, super().bits)

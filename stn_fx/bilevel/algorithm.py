@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 INNER: tuple[Role, ...] = ("base", "response")
 OUTER: tuple[Role, ...] = ("hyper", "scale")
 
-# Apart from the seed of the masks, so that no two streams of random numbers are the same.
-PERTURBATIONS = 1
+# Added to the seed of the masks, so that no two streams of random numbers are the same.
+PERTURBATIONS, RESPONSE_MASKS = 1, 2
 PER_RANK = 1_000_003
 
 
@@ -85,11 +85,14 @@ class Algorithm(ABC):
         optimizers: by group; empty until the model is captured.
         replicas: the processes that train together.
         perturbations: generator of the perturbed hyperparameters; there once the model is captured.
+        response_masks: generators of the masks by which the response learns. With masks of their own, learning it does
+            not touch the training of the model: until the first outer step that is the same as without tuning.
         updaters: what steps them; those of hyperparameters and scales step together, under "hyper".
     """
 
     tunes: bool
     perturbations: torch.Generator
+    response_masks: dict[str, torch.Generator]
 
     def __init__(
         self,
@@ -131,6 +134,7 @@ class Algorithm(ABC):
         return {
             "updaters": {role: updater.state_dict() for role, updater in self.updaters.items()},
             "perturbations": self.perturbations.get_state(),
+            "response_masks": [generator.get_state() for generator in self.response_masks.values()],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -138,6 +142,8 @@ class Algorithm(ABC):
         for role, updater in self.updaters.items():
             updater.load_state_dict(state["updaters"][role])
         self.perturbations.set_state(state["perturbations"])
+        for generator, its in zip(self.response_masks.values(), state["response_masks"], strict=True):
+            generator.set_state(its)
 
     def precision(self) -> AbstractContextManager[Any]:
         """The context that a pass and its loss are computed in."""
@@ -181,8 +187,13 @@ class Algorithm(ABC):
         masks = self.stn.generator()
         seed = masks.initial_seed()
         self.perturbations = torch.Generator(masks.device).manual_seed((seed + PERTURBATIONS) % 2**63)
+        own = seed + PER_RANK * self.replicas.rank
         if self.replicas.rank:
-            masks.manual_seed((seed + PER_RANK * self.replicas.rank) % 2**63)
+            masks.manual_seed(own % 2**63)
+        self.response_masks = {
+            str(place): torch.Generator(place).manual_seed((own + RESPONSE_MASKS) % 2**63)
+            for place in (masks.device, torch.device("cpu"))
+        }
         self.replicas.broadcast([*self.stn.parameters(), *self.stn.model.buffers()])
 
 

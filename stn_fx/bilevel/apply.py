@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from stn_fx.bilevel.decay import Decay
 from stn_fx.bilevel.replicas import Replicas
 from stn_fx.errors import DivergedError, InputError
 
@@ -104,13 +105,14 @@ class Updater:
         """Everything that the optimizers move."""
         return [p for optimizer in self.optimizers for each in optimizer.param_groups for p in each["params"]]
 
-    def apply(self, loss: Tensor, what: str, share: float = 1.0) -> Outcome:
+    def apply(self, loss: Tensor, what: str, share: float = 1.0, decay: Decay | None = None) -> Outcome:
         """Add the gradient of a loss; step when enough are gathered and all were finite.
 
         Args:
             loss: scalar.
             what: its name, for errors.
             share: weight of this process, see `Rows.share`.
+            decay: weight decay, which counts as part of the loss.
 
         Raises:
             InputError: the loss depends on nothing that is trained.
@@ -122,7 +124,7 @@ class Updater:
                 f"made of integers?), so there is nothing to learn from. Compute it from the output with torch "
                 f"operations."
             )
-        value, unusable = loss.item(), 0.0
+        value, unusable = (loss.detach() if decay is None else loss.detach() + decay.value).item(), 0.0
         if not math.isfinite(value):
             unusable = 1.0
         if self.replicas.count > 1:
@@ -135,6 +137,8 @@ class Updater:
             reason = f"the {what} is {value}"
         else:
             (loss * (share / self.accumulate)).backward(inputs=self.parameters)
+            if decay is not None:
+                decay.add_gradient(share / self.accumulate, self.parameters)
         self._gathered += 1
         self._spoilt = self._spoilt or reason
         if self._gathered == self.accumulate:

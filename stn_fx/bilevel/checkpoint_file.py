@@ -20,7 +20,7 @@ from stn_fx.bilevel.atomic import write_atomically
 from stn_fx.bilevel.replicas import Replicas
 from stn_fx.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 """Raised by one whenever files of before cannot be read any more."""
 
 MAX_LINES = 8

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     DistributedSampler,
     RandomSampler,
@@ -104,6 +105,8 @@ def _loader_examples(loader: "DataLoader[Any]") -> Examples | None:
         count = len(loader.dataset)  # type: ignore[arg-type]
     except TypeError:
         return None
+    if loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler:
+        return None  # it chooses the examples, and the loader's sampler is none that is used
     if isinstance(loader.sampler, SubsetRandomSampler):
         indices: Sequence[int] = [int(index) for index in loader.sampler.indices]
     elif isinstance(loader.sampler, (SequentialSampler, RandomSampler, DistributedSampler)):

@@ -51,20 +51,21 @@ def mix(stn: "SelfTuningModule", batch: Batch, values: Mapping[str, Tensor]) -> 
     # The coin of the CPU's generator: one on the device would have to be waited for.
     way = ways[int(torch.randint(len(ways), (), generator=stn.generator("cpu")))] if len(ways) > 1 else ways[0]
     leaves, structure = tree_flatten(batch.inputs)
-    fitting = [i for i, leaf in enumerate(leaves) if _fits(leaf, len(values[way]), way)]
+    axes = {i: axis for i, axis in enumerate(stn.compiled.captured.batch_axes) if axis is not None}
+    fitting = [i for i, leaf in enumerate(leaves) if i in axes and _fits(leaf, axes[i], way)]
     if not fitting:
-        what = "an image (B, C, H, W)" if way == "cutmix" else "a floating tensor with the batch on its first axis"
+        what = "an image (B, C, H, W)" if way == "cutmix" else "a floating tensor with a batch axis"
         raise InputError(f"{way} needs {what} among the inputs, and there is none. Leave {way} out of hparams.")
-    x = leaves[fitting[0]]
+    x = leaves[fitting[0]].movedim(axes[fitting[0]], 0)
     mixture = (draw_mixup if way == "mixup" else draw_cutmix)(x, values[way], draws, way)
     for index in fitting if way == "mixup" else fitting[:1]:
-        leaves[index] = mixture.inputs(leaves[index])
+        leaves[index] = mixture.inputs(leaves[index].movedim(axes[index], 0)).movedim(0, axes[index])
     return MixedBatch(replace(batch, inputs=tree_unflatten(leaves, structure)), mixture)
 
 
-def _fits(value: Any, examples: int, way: str) -> bool:
-    fits = isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 0 and len(value) == examples
-    return fits and (way == "mixup" or value.ndim == 4)
+def _fits(value: Any, batch_axis: int, way: str) -> bool:
+    fits = isinstance(value, Tensor) and value.is_floating_point()
+    return fits and (way == "mixup" or (value.ndim == 4 and batch_axis == 0))
 
 
 def _with_target(content: Any, target: Tensor) -> Any:

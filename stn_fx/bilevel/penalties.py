@@ -26,7 +26,7 @@ def penalties(
     raw_BH: Tensor | None = None,
     batch: Batch | None = None,
 ) -> list[Tensor]:
-    """Means over the examples of all terms that the hyperparameters ask for.
+    """Means over the examples of all terms that the hyperparameters ask for; `Decay` and `other_penalties` in one.
 
     Args:
         stn: the wrapped model.
@@ -36,9 +36,22 @@ def penalties(
         batch: for terms of the user's own, which see the target.
     """
     with torch.autocast(stn.hparams.raw.device.type, enabled=False):
-        decays, lassos = penalized_groups(stn, "weight_decay"), penalized_groups(stn, "l1")
-        terms = [0.5 * (values[n] * stn.squared_norm(raw_BH, names)).mean() for n, names in decays.items()]
-        terms += [(values[n] * stn.absolute_norm(raw_BH, names)).mean() for n, names in lassos.items()]
+        decays = penalized_groups(stn, "weight_decay").items()
+        terms = [0.5 * (values[n] * stn.squared_norm(raw_BH, names)).mean() for n, names in decays]
+    return terms + other_penalties(stn, output, values, raw_BH, batch)
+
+
+def other_penalties(
+    stn: "SelfTuningModule",
+    output: Any,
+    values: Mapping[str, Tensor],
+    raw_BH: Tensor | None = None,
+    batch: Batch | None = None,
+) -> list[Tensor]:
+    """All terms but weight decay; arguments as for `penalties`."""
+    with torch.autocast(stn.hparams.raw.device.type, enabled=False):
+        lassos = penalized_groups(stn, "l1").items()
+        terms = [(values[n] * stn.absolute_norm(raw_BH, names)).mean() for n, names in lassos]
     if "confidence_penalty" in values:
         terms.append(-(values["confidence_penalty"] * entropy(output)).mean())
     own = [each.entry for each in stn.selections if each.entry.kind == "loss" and each.entry.apply is not None]

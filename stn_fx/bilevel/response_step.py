@@ -116,7 +116,8 @@ class OnFraction(ResponseStep):
 def _updated(update: Update, algorithm: "DeltaSTN", batch: Batch) -> Outcome:
     raw_BH = algorithm.sampling.inner(algorithm.stn.hparams, batch.rows, algorithm.perturbations).detach()
     arguments = (algorithm.stn, algorithm.objective, algorithm.updaters["response"], batch, raw_BH)
-    return update(*arguments, algorithm.precision())
+    with algorithm.stn.drawing_from(algorithm.response_masks):
+        return update(*arguments, algorithm.precision())
 
 
 def _first(batch: Batch, size: int, axes: list[int | None], count: int) -> Batch:

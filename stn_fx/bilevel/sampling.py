@@ -64,7 +64,7 @@ class GlobalSampling(Sampling):
 
     def inner(self, space: HyperparameterSpace, rows: Rows, generator: Generator) -> Tensor:
         noise_BH = _noise(rows.total, space, generator)[rows.start : rows.stop]
-        initial_H = torch.tensor([each.raw_initial() for each in space.resolved]).to(noise_BH)
+        initial_H = noise_BH.new_tensor([each.raw_initial() for each in space.resolved])
         return initial_H + self.width * noise_BH
 
     def outer(self, space: HyperparameterSpace, rows: Rows, generator: Generator) -> Tensor:

@@ -10,12 +10,12 @@ w + d - stop(d) with d = DeltaW(lambda - c), and after every step w follows the 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from stn_fx.bilevel.algorithm import InnerRecord, OuterRecord, training_mode
+from stn_fx.bilevel.algorithm import InnerRecord, OuterRecord, is_captured, training_mode
 from stn_fx.bilevel.apply import Updater
 from stn_fx.bilevel.batch import Batch
 from stn_fx.bilevel.mixing import mix
@@ -24,13 +24,22 @@ from stn_fx.bilevel.steps import DeltaSTN
 from stn_fx.bilevel.updates import named_values
 from stn_fx.errors import InputError
 
+if TYPE_CHECKING:
+    from stn_fx.transform import SelfTuningModule
+
 
 class STN(DeltaSTN):
-    """STN without centring; arguments as for `DeltaSTN`, except that `response_step` has no meaning here.
+    """STN without centring; arguments as for `DeltaSTN`, without `response_step`: base and response learn together.
 
     Raises:
-        InputError: a response lives on an effective tensor instead of a parameter, so that it cannot be added to one.
+        InputError: a response lives on an effective tensor instead of a parameter, so that it cannot be added to one;
+            or a `response_step` is given.
     """
+
+    def __init__(self, stn: "SelfTuningModule", *arguments: Any, **options: Any) -> None:
+        if options.get("response_step") is not None:
+            raise InputError("STN learns base and response in one step, so it has no response_step. Leave it out.")
+        super().__init__(stn, *arguments, **options)
 
     def inner_step(self, content: Any) -> InnerRecord:
         """One joint update of base and response parameters with fresh perturbations."""
@@ -44,7 +53,8 @@ class STN(DeltaSTN):
 
     def outer_step(self, content: Any) -> OuterRecord:
         """One update of raw hyperparameters and scales; the weights follow their response to it."""
-        self.prepare(content)
+        if not is_captured(self.stn):  # the weights that follow are known afterwards
+            self.prepare(content)
         with self._following():
             return super().outer_step(content)
 
@@ -83,7 +93,7 @@ class STN(DeltaSTN):
     def _from_centre(self) -> dict[str, Tensor]:
         """DeltaW(lambda - c) by parameter, differentiable in the response parameters."""
         space = self.stn.hparams
-        centre_H = torch.tensor([each.raw_initial() for each in space.resolved]).to(space.raw)
+        centre_H = space.raw.new_tensor([each.raw_initial() for each in space.resolved])
         return self.stn.weight_response(space.raw.detach() - centre_H)
 
     @contextmanager

@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack
@@ -49,7 +50,7 @@ class BilevelTrainer:
     def __init__(
         self,
         stn: "SelfTuningModule",
-        loss: Loss | Objective = F.cross_entropy,
+        loss: Loss | Objective | None = None,
         *,
         train: Iterable[Any],
         valid: Iterable[Any],
@@ -66,11 +67,12 @@ class BilevelTrainer:
                 "train and valid must be iterable many times, and an iterator ends after one pass. Pass the DataLoader "
                 "or a list of batches."
             )
-        if algorithm is not None and options:
+        given = [*options, *([] if loss is None else ["loss"])]
+        if algorithm is not None and given:
             raise InputError(
-                f"{', '.join(options)}: given beside an algorithm, which has its own. Pass them to the algorithm."
+                f"{', '.join(given)}: given beside an algorithm, which has its own. Pass them to the algorithm."
             )
-        self.algorithm = algorithm or DeltaSTN(stn, loss, **options)
+        self.algorithm = algorithm or DeltaSTN(stn, F.cross_entropy if loss is None else loss, **options)
         if self.algorithm.stn is not stn:
             raise InputError("The algorithm was made for another wrapped model. Build both over the same one.")
         self.stn = stn
@@ -92,7 +94,7 @@ class BilevelTrainer:
         Args:
             epochs: passes over the training loader.
             warmup_epochs: epochs at the start without outer steps: the response is learned first, and an undertrained
-                model wants no regularization. None = a tenth of all, at least one where there is more than one.
+                model wants no regularization. None = two fifths of all, at least one where there is more than one.
             train_steps: T_train, inner steps between two rounds of outer steps (the papers' usual choice is 5).
             valid_steps: T_valid, outer steps in a round (1).
             callbacks: called in this order at every event.
@@ -114,7 +116,7 @@ class BilevelTrainer:
             if value < 1:
                 raise InputError(f"{name}={value}: at least 1 is needed.")
         if warmup_epochs is None:
-            warmup_epochs = max(epochs // 10, min(1, epochs - 1))
+            warmup_epochs = max(2 * epochs // 5, min(1, epochs - 1))
         if warmup_epochs < 0:
             raise InputError(f"warmup_epochs={warmup_epochs}: it cannot be negative.")
         if self.algorithm.tunes and warmup_epochs >= epochs:
@@ -186,6 +188,13 @@ class _Fit:
                 while self.epoch <= self.epochs:
                     self._epoch(interruption)
             self.result.interrupted = False
+            if self.algorithm.tunes and self.outer == 0:
+                warnings.warn(
+                    f"Nothing was tuned: {self.inner} inner steps, {self.warmup_epochs} of {self.epochs} epochs of "
+                    f"warm-up, left no room for an outer step after every {self.train_steps}. Train longer, or lower "
+                    f"train_steps or warmup_epochs.",
+                    stacklevel=3,
+                )
         finally:
             for callback in self.callbacks:
                 callback.fit_ended(self.trainer, self.result)

@@ -21,9 +21,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from stn_fx.bilevel.apply import Outcome, Updater
 from stn_fx.bilevel.batch import Batch, batch_size
+from stn_fx.bilevel.decay import Decay
 from stn_fx.bilevel.mixing import mix
 from stn_fx.bilevel.objective import Objective
-from stn_fx.bilevel.penalties import penalties
+from stn_fx.bilevel.penalties import other_penalties
 from stn_fx.errors import StnError
 
 if TYPE_CHECKING:
@@ -47,8 +48,9 @@ def base_update(
         output = mixed.batch.feed(stn)
         batch = mixed.with_targets(output)
         loss = objective.training_loss(output, batch, hyperparameters)
-        loss = sum(penalties(stn, output, hyperparameters, batch=batch), loss)
-    outcome = updater.apply(loss, "training loss of the base pass", batch.rows.share)
+        loss = sum(other_penalties(stn, output, hyperparameters, batch=batch), loss)
+    decay = Decay(stn, hyperparameters)
+    outcome = updater.apply(loss, "training loss of the base pass", batch.rows.share, decay)
     if outcome.skipped:
         with torch.no_grad():
             for buffer, before in buffers:
@@ -69,8 +71,10 @@ def response_update(
     with precision:
         output, batch = _linearized(stn, batch, raw_BH)
         loss = objective.training_loss(output, batch, hyperparameters)
-        loss = sum(penalties(stn, output, hyperparameters, raw_BH, batch), loss)
-    return updater.apply(loss, "training loss of the linearized pass", batch.rows.share)
+        loss = sum(other_penalties(stn, output, hyperparameters, raw_BH, batch), loss)
+    return updater.apply(
+        loss, "training loss of the linearized pass", batch.rows.share, Decay(stn, hyperparameters, raw_BH)
+    )
 
 
 def linearized_loss(stn: "SelfTuningModule", objective: Objective, batch: Batch, raw_BH: Tensor) -> Tensor:
@@ -109,8 +113,10 @@ def perturbed_update(
         output = mixed.batch.feed(stn.respond_in_training, raw=raw_BH)
         batch = mixed.with_targets(output)
         loss = objective.training_loss(output, batch, hyperparameters)
-        loss = sum(penalties(stn, output, hyperparameters, raw_BH, batch), loss)
-    return updater.apply(loss, "training loss of the perturbed network", batch.rows.share)
+        loss = sum(other_penalties(stn, output, hyperparameters, raw_BH, batch), loss)
+    return updater.apply(
+        loss, "training loss of the perturbed network", batch.rows.share, Decay(stn, hyperparameters, raw_BH)
+    )
 
 
 def hyper_update(
@@ -132,9 +138,9 @@ def hyper_update(
         output = batch.feed(stn.respond, raw=raw_BH)
         # Detached: a validation objective that looks at the hyperparameters must not be improved through them directly.
         valid_loss = objective.validation_loss(output, batch, named_values(stn, raw_BH.detach()))
-    loss = valid_loss - entropy_weight * stn.hparams.entropy()
-    outcome = updater.apply(loss, "validation loss of the response pass", batch.rows.share)
-    return replace(outcome, loss=outcome.loss + entropy_weight * stn.hparams.entropy().item())
+    reward = entropy_weight * stn.hparams.entropy()
+    outcome = updater.apply(valid_loss - reward, "validation loss of the response pass", batch.rows.share)
+    return replace(outcome, loss=outcome.loss + reward.item())
 
 
 def named_values(stn: "SelfTuningModule", raw_BH: Tensor) -> dict[str, Tensor]:

@@ -21,7 +21,6 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
-from stn_fx.compiler.as_found import buffers_as_found, left_as_found
 from stn_fx.compiler.casts import ambient_autocast, cast_explicitly
 from stn_fx.compiler.cells import expand_cells
 from stn_fx.compiler.failures import FailingPlace, failing_place, root_cause
@@ -32,6 +31,7 @@ from stn_fx.compiler.recurrent_markers import PACKED_REMEDY, packs_sequences, re
 from stn_fx.compiler.recurrent_networks import expand_recurrent_networks
 from stn_fx.compiler.stand_ins import AllLayersRun, functions_stand_in, stand_in
 from stn_fx.errors import CaptureError, InputError
+from stn_fx.rules.as_found import buffers_as_found, left_as_found
 from stn_fx.rules.opaque import OpaqueLeaf
 
 aten = torch.ops.aten
@@ -130,8 +130,20 @@ def _capture_around(
             program = _export(model, args, kwargs, flat, batch_axes, training, notes)
             constants.update({name: value for name, value in program.constants.items() if isinstance(value, Tensor)})
             graphs[training] = _to_captured(program, model, training, batch_axes)
+    skipped = _parameters_used(graphs[False], model) - _parameters_used(graphs[True], model)
+    if AllLayersRun.note in notes and skipped:
+        raise CaptureError(
+            f"{type(model).__name__} draws single random numbers in training to decide what runs, and "
+            f"{sorted(skipped)[0]} is left out where the number is 1.\nRemedy: write the condition so that small "
+            f"numbers skip (`torch.rand([]) < p`), or draw no layers in training."
+        )
     used = list(leaves.values())
     return CapturedModel(graphs[True], graphs[False], spec, batch_axes, flat, flags, constants, notes, used)
+
+
+def _parameters_used(captured: CapturedGraph, model: nn.Module) -> set[str]:
+    placeholders, parameters = captured.placeholders(), dict(model.named_parameters(remove_duplicate=False))
+    return {name for node, name in captured.state.items() if name in parameters and placeholders[node].users}
 
 
 def _export(

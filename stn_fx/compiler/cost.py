@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 from stn_fx.augment.draws import Draws
 from stn_fx.compiler.pipeline import CompiledModel, state_tensors
-from stn_fx.compiler.slots import slots
+from stn_fx.rules.slots import slots
 
 if TYPE_CHECKING:
     from stn_fx.transform import SelfTuningModule

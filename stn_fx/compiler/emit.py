@@ -9,6 +9,7 @@ import json
 import keyword
 import operator
 import pprint
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from torch.utils import _pytree as pytree
 from stn_fx.compiler.emit_code import WIDTH, Imports, function_code
 from stn_fx.compiler.pipeline import CompiledModel, state_tensors
 from stn_fx.errors import InputError, StnError
+from stn_fx.rules.custom import apply_custom, custom_tangent
 
 if TYPE_CHECKING:
     from stn_fx.transform import SelfTuningModule
@@ -88,6 +90,12 @@ def emit(compiled: CompiledModel, stn: "SelfTuningModule", path: str | Path) -> 
             f"{names} cannot be captured and runs as the module itself, which cannot be written down as code. Remedy: "
             f"stn-fx inspect reports without writing; training works."
         )
+    unnamed = sorted({name for graph in passes(compiled).values() for name in _unimportable(graph)})
+    if unnamed:
+        raise StnError(
+            f"{', '.join(unnamed)} cannot be imported by name from another process. Define it at the top of a module "
+            f"that can be imported, and pass that one."
+        )
     tensors = path.with_suffix(".pt")
     ours = path.is_file() and _MARK in path.read_text(errors="replace")
     foreign = next((file for file in (path, tensors) if file.exists() and not ours), None)
@@ -101,6 +109,15 @@ def emit(compiled: CompiledModel, stn: "SelfTuningModule", path: str | Path) -> 
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError where a file cannot be opened
         raise InputError(f"{path} cannot be written: {error}. Choose another place.") from error
     return Emitted(path, tensors)
+
+
+def _unimportable(graph: GraphModule) -> Iterator[str]:
+    """Functions of the user's that the code would name by a number of this process, or by its main script."""
+    for node in graph.graph.nodes:
+        if node.target in (apply_custom, custom_tangent) and (
+            "#" in node.args[0] or node.args[0].startswith("__main__")
+        ):
+            yield node.args[0].partition("#")[0]
 
 
 def passes(compiled: CompiledModel) -> dict[str, GraphModule]:

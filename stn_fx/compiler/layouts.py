@@ -7,6 +7,7 @@ which they do not (a mean over the batch) has no layout.  Token inputs cannot ho
 are first computed from them are poisoned.
 """
 
+import contextlib
 from typing import Any
 
 import torch
@@ -136,7 +137,7 @@ def _poisoned_rows(
             poisoned = {n: env[n] for n in sources & carries}
             if _is_integer(node.meta.get("val")):  # a NaN would become an index out of range
                 poisoned = {n: torch.nan_to_num(v) if differentiable(v) else v for n, v in poisoned.items()}
-            env[node] = _run_poisoned(node, env | poisoned, captured)
+            env[node] = _run_poisoned(node, env | poisoned, captured.batch_symbol)
             if sources & depends:
                 depends.add(node)
             if sources & carries and not _is_integer(node.meta.get("val")):
@@ -155,23 +156,49 @@ def _poisoned_rows(
     return found
 
 
-def _run_poisoned(node: Node, env: dict[Node, Any], captured: CapturedGraph) -> Any:
-    """The node's value; where it refuses NaN (decompositions, sampling), another, poisoned where its shape tells."""
+def _run_poisoned(node: Node, env: dict[Node, Any], symbol: Any) -> Any:
+    """The node's value; where it refuses NaN (decompositions, sampling, assertions), NaN where its value depends on it.
+
+    That shows when it runs twice, with other examples in place of the poisoned one; if it refuses these too, everything
+    may depend on it.
+    """
     try:
         return run_node(node, env)
-    except RuntimeError:  # torch's LinAlgError is one
-        return pytree.tree_map(lambda value: _poisoned_like(value, captured.batch_symbol), node.meta["val"])
+    except Exception:  # torch's LinAlgError, or whatever the code of an opaque leaf raises
+        sources = [n for n in node.all_input_nodes if isinstance(env[n], Tensor) and differentiable(env[n])]
+        values = []
+        for other in (0, -1):
+            with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                values.append(run_node(node, env | {n: _with_other_example(env[n], n, symbol, other) for n in sources}))
+        if len(values) < 2:
+            return pytree.tree_map(lambda value: _all_poisoned(value, symbol), node.meta["val"])
+        return pytree.tree_map(_poisoned_where_different, *values)
 
 
-def _poisoned_like(value: Any, symbol: Any) -> Any:
+def _with_other_example(value: Tensor, node: Node, symbol: Any, other: int) -> Tensor:
+    """The value with the rows of the poisoned example replaced by those of another, the first (0) or the last (-1)."""
+    value = value.clone()
+    for axis in symbolic_axes(node.meta["val"], symbol):
+        bad = sorted(_rows(value.isnan(), axis))
+        clean = [row for row in range(value.shape[axis]) if row not in bad]
+        if bad and len(clean) >= len(bad):
+            chosen = clean[: len(bad)] if other == 0 else clean[-len(bad) :]
+            value.index_copy_(axis, torch.tensor(bad), value.index_select(axis, torch.tensor(chosen)))
+    return value.nan_to_num(1.0 if other == 0 else 2.0)
+
+
+def _poisoned_where_different(first: Any, second: Any) -> Any:
+    if not isinstance(first, Tensor) or not differentiable(first):
+        return first
+    return first.masked_fill(first != second, float("nan"))
+
+
+def _all_poisoned(value: Any, symbol: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     sizes = [int(s.node.expr.subs(symbol, PROBE_EXAMPLES)) if isinstance(s, torch.SymInt) else s for s in value.shape]
-    made = torch.ones(sizes, dtype=value.dtype)
-    axes = symbolic_axes(value, symbol)
-    if differentiable(made) and list(axes.values()) == [1]:
-        _poison(made, next(iter(axes)))
-    return made
+    return torch.full(sizes, float("nan") if differentiable(value) else 1, dtype=value.dtype)
 
 
 def _is_integer(value: Any) -> bool:

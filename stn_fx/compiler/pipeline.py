@@ -17,7 +17,7 @@ from stn_fx.compiler.functionalize import module_path
 from stn_fx.compiler.insertion import insert_sites
 from stn_fx.compiler.layouts import analyse_layouts, symbolic_axes
 from stn_fx.compiler.plan import Plan
-from stn_fx.compiler.planner import AnalysedGraph, plan_parameters, plan_sites
+from stn_fx.compiler.planner import AnalysedGraph, plan_parameters, plan_sites, require_weights
 from stn_fx.compiler.preconditions import require_batch, require_trainable
 from stn_fx.compiler.rewrite import rewrite
 from stn_fx.compiler.sites import choose_insertions, find_sites
@@ -88,8 +88,9 @@ def compile_model(
         reasons = "; ".join(dict.fromkeys(f"{each.name}: {each.reason}" for each in parameters[:8]))
         raise CaptureError(f"No parameter of {type(model).__name__} can respond to hyperparameters. {reasons}")
     found = find_sites(captured.training, model, registry)
-    weights = [name for name, p in model.named_parameters() if p.requires_grad]
+    weights = {name: p.ndim for name, p in model.named_parameters() if p.requires_grad}
     sites, hyperparameters, chosen = plan_sites(found, selections, analysed["training"], _image_size(captured), weights)
+    require_weights(hyperparameters, weights)
     fallbacks = _fallback_notes(captured, analysed.values(), registry)
     notes = (*captured.notes, *([note] if note else []), *chosen, *fallbacks)
     plan = Plan(tuple(parameters), tuple(sites), tuple(hyperparameters), effective, notes)
@@ -199,7 +200,12 @@ def capture_with_batch_axis(
 
 
 def _named_axes(flat: list[Any], batch_axis: Any) -> list[int | None]:
+    if isinstance(batch_axis, (bool, str)) or not isinstance(batch_axis, (int, Mapping, Sequence)):
+        raise InputError(f"batch_axis={batch_axis!r} is neither an int nor one int per input.")
     if isinstance(batch_axis, int):
+        ranks = [v.ndim for v in flat if isinstance(v, Tensor)]
+        if not 0 <= batch_axis < max(ranks, default=0):
+            raise InputError(f"batch_axis={batch_axis} is out of range: the inputs have {ranks} axes.")
         return [batch_axis if isinstance(v, Tensor) and v.ndim > batch_axis else None for v in flat]
     given = list(batch_axis.values()) if isinstance(batch_axis, Mapping) else list(batch_axis)
     if len(given) != len(flat):

@@ -1,6 +1,6 @@
 """From captured graphs and the user's selections to the plan."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
@@ -15,6 +15,7 @@ from stn_fx.compiler.sites import FoundSite
 from stn_fx.compiler.uses import GraphUses, ParameterFlow, WeightUse, effective_name, row_axes
 from stn_fx.errors import BatchLayoutError, UnknownHyperparameterError
 from stn_fx.hparams import ResolvedHyperparameter, Selection, SiteContext, resolve
+from stn_fx.hparams.weight_groups import weight_groups
 from stn_fx.rules import Registry
 from stn_fx.rules.layout import BatchLayout
 from stn_fx.rules.opaque import OpaqueLeaf
@@ -220,7 +221,7 @@ def plan_sites(
         without_site = selection.entry.kind in ("loss", "mixing")
         if not sites and not without_site:
             if selection.required:
-                missed.append(_missed(selection, found))
+                missed.append(_missed(selection, found, graph.captured, weights))
             continue
         if without_site:
             if selection.pattern is not None and not any(selection.matches(name) for name in weights):
@@ -261,6 +262,25 @@ def plan_sites(
     return plans, list(hyperparameters.values()), list(precedence_notes(winners, selections))
 
 
+def require_weights(hyperparameters: Iterable[ResolvedHyperparameter], weights: Mapping[str, int]) -> None:
+    """Every coefficient of the loss with a pattern, and those beside one, has weights (name: number of axes) to act on.
+
+    Raises:
+        UnknownHyperparameterError: all its weights belong to patterns before it.
+    """
+    for entry in ("weight_decay", "l1"):
+        names = [each.name for each in hyperparameters if each.entry == entry]
+        if names in ([], [entry]):
+            continue
+        groups = weight_groups(names, weights)
+        empty = [name for name in names if not groups[name]]
+        if empty:
+            raise UnknownHyperparameterError(
+                f"{', '.join(empty)}: no weights are left to act on, each belongs to the first pattern that matches "
+                f"it. Leave it out, or name the narrower pattern first."
+            )
+
+
 _UNASKED = "no hyperparameter was asked for here"
 _SHARED = "it depends on parameters only, so its value has no batch axis; it drops for all examples alike"
 
@@ -269,12 +289,15 @@ def _key(site: FoundSite) -> str:
     return f"{site.entry}:{site.node.name}"
 
 
-def _missed(selection: Selection, found: list[FoundSite]) -> str:
+def _missed(selection: Selection, found: list[FoundSite], captured: CapturedGraph, weights: Collection[str]) -> str:
+    places = ", ".join(dict.fromkeys(name.partition(".")[0] for name in weights))
     names = sorted({f"{site.entry}@{site.name}" for site in found})
     have = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     return (
         f"{selection.text!r} matches nothing in this model. "
-        + (f"It has these sites: {have}. " if names else "It has no site of any kind. ")
+        + (f"It has these sites: {have}. " if names else "It has no sites of its own. ")
+        + f"Patterns name modules, where sites are put (here they begin with {places}), or inputs "
+        f"({', '.join(captured.inputs)}). "
         + "Terms of the loss (weight_decay, label_smoothing) fit any model, and augmentations (rotation, cutout) image "
         "inputs; `stn-fx hparams` lists them."
     )

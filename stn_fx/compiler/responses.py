@@ -14,7 +14,7 @@ def build_responses(plan: Plan, model: nn.Module, generator: torch.Generator) ->
 
     Args:
         plan: of the model.
-        model: the user's, whose weights tell the scale of the initial values.
+        model: the user's, whose parameters tell device and dtype.
         generator: on the CPU.
     """
     reference = next(p for p in model.parameters() if p.is_floating_point())
@@ -27,7 +27,7 @@ def build_responses(plan: Plan, model: nn.Module, generator: torch.Generator) ->
         weight = parameters.get(each.name)
         like = reference if weight is None else weight
         response.to(device=like.device, dtype=like.dtype)
-        response.initialise(torch.empty(each.shape) if weight is None else weight, generator)
+        response.initialise(generator)
         if each.padding_row is not None:
             response.silence(each.padding_row)
         responses[each.name] = response

@@ -3,6 +3,7 @@
 A new combination is captured anew; the captured ones are kept, so that going back and forth costs nothing.
 """
 
+from collections.abc import Container
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,14 +27,14 @@ def _leaf(value: Any, batch_axis: int | None) -> Any:
     return ("tensor", shape, value.dtype)
 
 
-def module_signature(model: nn.Module) -> Signature:
+def module_signature(model: nn.Module, live: Container[int] = ()) -> Signature:
     """What a graph has baked in of the model: dtype and device of its parameters, its layers, hooks and plain settings.
 
     Settings are numbers and texts that a forward may read (a rate, a temperature, a counter); not what is frozen, which
-    differs under ``functional_call``.
+    differs under ``functional_call``. Modules that run as themselves, ``live`` by their ids, have nothing baked in.
     """
     parameters = tuple((p.device, p.dtype) for p in model.parameters())
-    return parameters, tuple(_module(module) for module in model.modules())
+    return parameters, tuple(_module(module) for module in model.modules() if id(module) not in live)
 
 
 def _module(module: nn.Module) -> Signature:

@@ -1,5 +1,6 @@
 """`CustomHyperparameter`: a hyperparameter of the user's own, with what it does as a function of tensors."""
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any, Literal
 from stn_fx.errors import InputError
 from stn_fx.hparams import pattern as patterns
 from stn_fx.hparams.entry import Component, Entry, Kind
+from stn_fx.hparams.hyperparameter import Hyperparameter
 
 Place = Literal["input", "activation", "loss"]
 
@@ -36,7 +38,9 @@ class CustomHyperparameter:
         discrete: whether the value is rounded to an integer.
 
     Raises:
-        InputError: a name that cannot be one, an unknown place, or an activation without `at`.
+        OutOfBoundsError: `initial` is at or outside a bound.
+        InputError: a name that cannot be one, an unknown place, an activation without `at`, or a function that does not
+            take these arguments.
     """
 
     name: str
@@ -56,6 +60,9 @@ class CustomHyperparameter:
             raise InputError(f"{self.name}: acts_on={self.acts_on!r} is none of {', '.join(_KINDS)}.")
         if not callable(self.apply):
             raise InputError(f"{self.name}: apply is a {type(self.apply).__name__}; pass a function of tensors.")
+        arguments = ("output", "target", "value") if self.acts_on == "loss" else ("x", "value", "draws")
+        if not _takes(self.apply, len(arguments)):
+            raise InputError(f"{self.name}: apply is called with ({', '.join(arguments)}); let it take these three.")
         if self.at is not None and (self.acts_on == "loss" or not patterns.is_valid(self.at)):
             raise InputError(
                 f"{self.name}: at={self.at!r} is not usable: it is a pattern of inputs or modules such as 'layer4.*', "
@@ -63,6 +70,8 @@ class CustomHyperparameter:
             )
         if self.acts_on == "activation" and self.at is None:
             raise InputError(f"{self.name} acts on activations: say of which modules, for example at='layer1'.")
+
+        Hyperparameter(self.name, self.initial, self.low, self.high, self.scale, self.discrete)  # judges the numbers
 
     def entry(self) -> Entry:
         """The entry of a catalogue that has it."""
@@ -78,3 +87,13 @@ class CustomHyperparameter:
             pattern_over=over,
             apply=self.apply,
         )
+
+
+def _takes(function: Callable[..., Any], count: int) -> bool:
+    try:
+        inspect.signature(function).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:  # built in, without a signature
+        return True
+    return True

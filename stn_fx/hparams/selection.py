@@ -38,7 +38,7 @@ class Selection:
         pattern: where it acts (see `stn_fx.hparams.pattern`); None for everywhere.
         shared: one value for all places instead of one for each.
         overrides: settings by component name; components without settings are absent.
-        options: what was chosen of the entry's own options, by name; see `Selection.option`.
+        options: what was chosen of the entry's own options, by name.
         text: what the user wrote, for messages.
         required: whether matching nothing is an error; False for the default selection.
     """

@@ -18,11 +18,11 @@ def weight_groups(hyperparameters: Iterable[str], weights: Mapping[str, int]) ->
     """
     names = list(hyperparameters)
     groups: dict[str, list[str]] = {}
-    left = dict(weights)
+    left = set(weights)
     for name in sorted(names, key=lambda each: "@" not in each):
         _, at, pattern = name.partition("@")
-        chosen = [weight for weight in left if not at or patterns.matches(pattern, weight)]
-        matrices = [weight for weight in chosen if left[weight] >= 2]
-        groups[name] = matrices or (chosen if at else [])
-        left = {weight: axes for weight, axes in left.items() if weight not in groups[name]}
+        matched = [weight for weight in weights if not at or patterns.matches(pattern, weight)]
+        matrices = [weight for weight in matched if weights[weight] >= 2]
+        groups[name] = [weight for weight in matrices or (matched if at else []) if weight in left]
+        left -= set(groups[name])
     return {name: groups[name] for name in names}

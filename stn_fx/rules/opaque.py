@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from stn_fx.rules.as_found import attributes_as_found
 from stn_fx.rules.rule import REGISTRY, Emitter, Rule
+from stn_fx.rules.slots import slots
 from stn_fx.rules.tangent import differentiable, linearize
 
 _KEYS = itertools.count()
@@ -115,13 +117,16 @@ def opaque_respond(inputs: list[Tensor], key: int, autocast: torch.dtype | None)
 def opaque_function(
     inputs: list[Tensor], key: int, training: bool, autocast: torch.dtype | None = None
 ) -> list[Tensor]:
-    """The module as a function of its inputs: parameters detached, buffers left as they are."""
+    """The module as a function of its inputs: parameters detached, buffers and all attributes left as they are."""
     leaf = _LEAVES[key]
     args, kwargs = leaf.arguments(inputs)
-    state = {name: p.detach() for name, p in leaf.module.named_parameters()}
-    state |= {name: buffer.detach().clone() for name, buffer in leaf.module.named_buffers()}
-    with _in_mode(leaf.module, training), _autocast(inputs, autocast):
-        return leaf.tensors_of(torch.func.functional_call(leaf.module, state, args, kwargs))
+    state = {
+        name: tensor.detach() if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
+        for name, tensor in slots(leaf.module)
+    }
+    # A cached tensor would be one of functorch's, which outlives the pass and can be neither copied nor saved.
+    with attributes_as_found(leaf.module), _in_mode(leaf.module, training), _autocast(inputs, autocast):
+        return leaf.tensors_of(torch.func.functional_call(leaf.module, state, args, kwargs, tie_weights=False))
 
 
 def opaque_linearized(

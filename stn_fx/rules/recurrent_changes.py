@@ -28,7 +28,7 @@ def changed_product(x: Tensor, change: Change) -> Tensor | None:
     if kind == "low-rank":
         left, factor, scales = parts
         return F.linear(F.linear(x, factor) * scales, left)
-    return torch.matmul(parts[0], x.unsqueeze(-1)).squeeze(-1)
+    return torch.einsum("noi,...ni->...no", parts[0], x)
 
 
 def add_changed_product(total: Tensor, x: Tensor, change: Change) -> Tensor:

@@ -1,19 +1,28 @@
 """How a parameter responds to the hyperparameters: the structures of DeltaW(delta), linear in delta.
 
 Source: MacKay et al. 2019 (STN), section 3.2, and Bae & Grosse 2020 (Delta-STN), section 3: row-wise
-``DeltaW_i = diag(V delta_i) U``.  ``V`` and ``G`` start at zero, so that a compiled model starts exactly as the user's;
-``U``, ``A`` and ``B`` start as a layer's own weights would (all zero would be a saddle).
+``DeltaW_i = diag(V delta_i) U``.  ``U``, ``B`` and ``G`` start at zero, so that a compiled model starts exactly as the
+user's, and ``V`` and ``A`` at random (all zero would be a saddle).  The papers' code does it the other way round, ``V``
+at zero and ``U`` drawn as a layer's weights.  Then the response first moves along the random ``U``, which itself
+learns only as fast as ``V`` is large: on ridge regression (5 seeds, from below and from above) tuning ran away to a
+bound in 4 of 10 runs, this way round in 1.
 
 Shapes: O rows (outputs), H hyperparameters, B examples, r rank; "row axis" is the axis of the parameter that is scaled.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from stn_fx.errors import InputError
+
+Addition = Callable[[float], None]
+
+CHUNK = 1 << 18
+"""Elements of a product that the CPU's cache holds."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +49,8 @@ class Response(nn.Module):
         super().__init__()
         self.shape = tuple(shape)
 
-    def initialise(self, weight: Tensor, generator: torch.Generator) -> None:
-        """Draw initial values (on the CPU) for a response of this weight; DeltaW is zero with them."""
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draw initial values (on the CPU); DeltaW is zero with them, and a gradient reaches the parameters."""
         raise NotImplementedError
 
     def silence(self, row: int) -> None:
@@ -56,6 +65,16 @@ class Response(nn.Module):
         """``|w + DeltaW_i|^2 - |w|^2`` for every example, (B,), without forming per-example weights."""
         raise NotImplementedError
 
+    def penalize(self, weight: Tensor, delta_BH: Tensor, coefficient_B: Tensor) -> tuple[Tensor, Addition]:
+        """``sum_i c_i (|w + DeltaW_i|^2 - |w|^2)``, and what adds its gradient times a factor to ``.grad``."""
+        with torch.enable_grad():
+            value = coefficient_B @ self.squared_norm_change(weight, delta_BH)
+
+        def add(factor: float) -> None:
+            (factor * value).backward(inputs=list(self.parameters()))
+
+        return value.detach(), add
+
     def inner_product(self, direction: Tensor, delta_BH: Tensor) -> Tensor:
         """``<direction, DeltaW_i>`` for every example, (B,), without forming per-example weights."""
         raise NotImplementedError
@@ -69,17 +88,15 @@ class RowWise(Response):
     def __init__(self, shape: tuple[int, ...], row_axis: int, hyperparameters: int) -> None:
         super().__init__(shape)
         self.row_axis = row_axis
-        self.U = nn.Parameter(torch.empty(self.shape))
-        self.V = nn.Parameter(torch.zeros(self.shape[row_axis], hyperparameters))
+        self.U = nn.Parameter(torch.zeros(self.shape))
+        self.V = nn.Parameter(torch.empty(self.shape[row_axis], hyperparameters))
 
-    def initialise(self, weight: Tensor, generator: torch.Generator) -> None:
-        """Draw ``U`` as ``nn.Linear`` and ``nn.Conv`` draw their weights: uniform within 1/sqrt(fan in)."""
-        fan_in = max(1, weight.numel() // max(1, weight.shape[self.row_axis]))
-        _uniform(self.U, 1 / math.sqrt(fan_in), generator)
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draw ``V``: random signs, so that every row follows every hyperparameter from the first update on."""
+        _random_signs(self.V, generator)
 
-    @torch.no_grad()
     def silence(self, row: int) -> None:
-        self.U[row] = 0
+        """Nothing to do: U stays zero where no gradient comes."""
 
     def dense(self, delta: Tensor) -> Tensor:
         scales = self.V @ delta
@@ -87,14 +104,31 @@ class RowWise(Response):
 
     def squared_norm_change(self, weight: Tensor, delta_BH: Tensor) -> Tensor:
         scales_BO = delta_BH @ self.V.t()
-        square_O = self.U.square().sum(self._others())
-        return 2 * self.inner_product(weight, delta_BH) + scales_BO.square() @ square_O
+        U_OF = self._rows(self.U)
+        return 2 * self.inner_product(weight, delta_BH) + scales_BO.square() @ torch.linalg.vecdot(U_OF, U_OF)
 
     def inner_product(self, direction: Tensor, delta_BH: Tensor) -> Tensor:
-        return delta_BH @ self.V.t() @ (direction * self.U).sum(self._others())
+        return delta_BH @ self.V.t() @ torch.linalg.vecdot(self._rows(direction), self._rows(self.U))
 
-    def _others(self) -> list[int]:
-        return [a for a in range(len(self.shape)) if a != self.row_axis]
+    @torch.no_grad()
+    def penalize(self, weight: Tensor, delta_BH: Tensor, coefficient_B: Tensor) -> tuple[Tensor, Addition]:
+        U_OF, w_OF, scales_BO = self._rows(self.U), self._rows(weight), delta_BH @ self.V.t()
+        inner_O, square_O = _row_products(w_OF, U_OF), _row_products(U_OF, U_OF)
+        first_O, second_O = 2 * coefficient_B @ scales_BO, coefficient_B @ scales_BO.square()
+
+        @torch.no_grad()
+        def add(factor: float) -> None:
+            gradient_OF = gradient_of(self.U).movedim(self.row_axis, 0)
+            by_row = [-1] + [1] * (gradient_OF.ndim - 1)
+            gradient_OF.addcmul_(weight.movedim(self.row_axis, 0), (factor * first_O).reshape(by_row))
+            gradient_OF.addcmul_(self.U.movedim(self.row_axis, 0), (2 * factor * second_O).reshape(by_row))
+            slope_BO = 2 * factor * coefficient_B.unsqueeze(1) * (inner_O + scales_BO * square_O)
+            gradient_of(self.V).add_(slope_BO.t() @ delta_BH)
+
+        return first_O @ inner_O + second_O @ square_O, add
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        return tensor.movedim(self.row_axis, 0).flatten(1)
 
 
 class LowRankResponse(Response):
@@ -107,21 +141,18 @@ class LowRankResponse(Response):
         self.row_axis, self.rank = row_axis, rank
         rest = [n for a, n in enumerate(self.shape) if a != row_axis]
         self.A = nn.Parameter(torch.empty(self.shape[row_axis], rank))
-        self.B = nn.Parameter(torch.empty(rank, *rest))
-        self.V = nn.Parameter(torch.zeros(rank, hyperparameters))
+        self.B = nn.Parameter(torch.zeros(rank, *rest))
+        self.V = nn.Parameter(torch.empty(rank, hyperparameters))
 
-    def initialise(self, weight: Tensor, generator: torch.Generator) -> None:
-        """Draw ``B`` as a layer over the same inputs and ``A`` as a layer over ``rank`` inputs."""
-        fan_in = max(1, weight.numel() // max(1, weight.shape[self.row_axis]))
-        _uniform(self.B, 1 / math.sqrt(fan_in), generator)
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draw ``A`` as a layer over ``rank`` inputs, and ``V`` as the row-wise response does."""
         _uniform(self.A, 1 / math.sqrt(self.rank), generator)
+        _random_signs(self.V, generator)
 
     @torch.no_grad()
     def silence(self, row: int) -> None:
-        if self.row_axis == 0:
+        if self.row_axis == 0:  # else it is a row of B, which starts at zero and receives no gradient
             self.A[row] = 0
-        else:
-            self.B[:, row] = 0
 
     def dense(self, delta: Tensor) -> Tensor:
         scales = self.V @ delta
@@ -147,7 +178,7 @@ class Exact(Response):
         super().__init__(shape)
         self.G = nn.Parameter(torch.zeros(*self.shape, hyperparameters))
 
-    def initialise(self, weight: Tensor, generator: torch.Generator) -> None:
+    def initialise(self, generator: torch.Generator) -> None:
         """Nothing to draw: G starts at zero and receives a gradient there."""
 
     def silence(self, row: int) -> None:
@@ -168,6 +199,26 @@ class Exact(Response):
         return self.G.flatten(0, -2) if self.G.ndim > 1 else self.G.unsqueeze(0)
 
 
+def square_norm(weight: Tensor) -> Tensor:
+    """``|w|^2`` in one pass over the weight, and one in the backward; a sum of squares would write them first."""
+    return torch.linalg.vector_norm(weight).square()
+
+
+def gradient_of(parameter: nn.Parameter) -> Tensor:
+    """The gradient to add to in place; zero where there is none yet."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def _row_products(a_OF: Tensor, b_OF: Tensor) -> Tensor:
+    """Inner products (O,) of the rows; on the CPU in parts, as `vecdot` writes the products of all elements first."""
+    rows = max(1, CHUNK // max(1, a_OF.shape[1]))
+    if a_OF.device.type != "cpu" or rows >= len(a_OF):
+        return torch.linalg.vecdot(a_OF, b_OF)
+    return torch.cat([torch.linalg.vecdot(a, b) for a, b in zip(a_OF.split(rows), b_OF.split(rows), strict=True)])
+
+
 def row_scales(V: Tensor, delta_BH: Tensor) -> Tensor:
     """``V delta_i`` for every example: (B, O), or (B, r) for the low-rank response."""
     return delta_BH @ V.t()
@@ -184,3 +235,10 @@ def _uniform(parameter: nn.Parameter, bound: float, generator: torch.Generator) 
     draws = torch.rand(parameter.shape, generator=generator) * 2 - 1
     with torch.no_grad():
         parameter.copy_(draws * bound)
+
+
+def _random_signs(parameter: nn.Parameter, generator: torch.Generator) -> None:
+    # +-1 / sqrt(H): the spread of a row's ``V delta`` is that of one displacement, however many there are.
+    signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2.0 - 1.0
+    with torch.no_grad():
+        parameter.copy_(signs / math.sqrt(max(1, parameter.shape[-1])))

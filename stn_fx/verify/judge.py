@@ -17,9 +17,9 @@ from torch.utils import _pytree as pytree
 
 from stn_fx.compiler.layouts import run_node
 from stn_fx.compiler.pipeline import state_tensors
-from stn_fx.compiler.slots import slots
 from stn_fx.compiler.stand_ins import AllLayersRun
 from stn_fx.rules.drop_path import marked_forward
+from stn_fx.rules.slots import slots
 from stn_fx.rules.tangent import load_forward_mode
 from stn_fx.verify.subject import Inputs
 
@@ -155,15 +155,16 @@ _DROPOUTS = {
 }  # fmt: skip
 
 
-_ATTENTION = {
-    torch.nn.functional.scaled_dot_product_attention: 4,
-    torch.nn.functional.multi_head_attention_forward: 10,
+_RATES = {
+    torch.nn.functional.scaled_dot_product_attention: (4, "dropout_p"),
+    torch.nn.functional.multi_head_attention_forward: (10, "dropout_p"),
+    **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), (5, "dropout")),
 }
-"""Functions with an argument ``dropout_p``, and its position."""
+"""Functions that drop inside: position and name of the rate."""
 
 
 class _NoDropout(TorchFunctionMode):
-    """Replaces every dropout function by the identity, and attention's ``dropout_p`` by zero."""
+    """Replaces every dropout function by the identity, and the rate inside attention and recurrent networks by zero."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -171,10 +172,10 @@ class _NoDropout(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in _DROPOUTS:
             return args[0] if args else kwargs["input"]
-        if func in _ATTENTION:
-            position = _ATTENTION[func]
+        if func in _RATES:
+            position, name = _RATES[func]
             if len(args) > position:
                 args = (*args[:position], 0.0, *args[position + 1 :])
             else:
-                kwargs["dropout_p"] = 0.0
+                kwargs[name] = 0.0
         return func(*args, **kwargs)

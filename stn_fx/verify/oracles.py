@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from stn_fx.rules.as_found import buffers_as_found
 from stn_fx.verify.judge import Changes, Judge, floating
 from stn_fx.verify.own_rates import own_rates_off
 from stn_fx.verify.subject import Inputs, rows_of
@@ -94,7 +95,7 @@ def unchanged(trial: Trial) -> Found:
 
 def unchanged_training(trial: Trial) -> Found:
     """With all rates at zero, the base pass is the user's training pass."""
-    with rates_off(trial.stn), _buffers_kept(trial.stn.model), torch.no_grad():
+    with rates_off(trial.stn), buffers_as_found(trial.stn.model), torch.no_grad():
         trial.stn.train()
         ours = floating(trial.call(trial.stn))
     judged = Judge(trial.stn, training=True).outputs(trial.inputs, {})
@@ -156,7 +157,8 @@ def sites(trial: Trial, attempts: int = 4) -> Found:
             moved: set[int] = set()
             for _ in range(attempts):  # a branch may be kept by chance
                 state = generator.get_state()  # the same draws where no hyperparameter acts
-                still, _ = trial.call(stn.linearize, raw=off)
+                with torch.random.fork_rng():  # opaque leaves draw from the global generator
+                    still, _ = trial.call(stn.linearize, raw=off)
                 generator.set_state(state)
                 output, _ = trial.call(stn.linearize, raw=raw_BH)
                 for i in range(trial.batch):
@@ -249,7 +251,7 @@ def best_of_steps(step: float, error: Callable[[float], float]) -> float:
     A large step crosses the kinks of rectifiers, a small one drowns in rounding.
     """
     errors: list[float] = []
-    for factor in (1.0, 0.1, 10.0, 0.01):
+    for factor in (1.0, 0.1, 10.0, 0.01, 0.001):
         errors.append(error(factor * step))
         if errors[-1] < GOOD_DIFFERENCE:
             break
@@ -282,17 +284,6 @@ def rates_off(stn: "SelfTuningModule") -> Iterator[None]:
     finally:
         with torch.no_grad():
             stn.hparams.raw.copy_(kept)
-
-
-@contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(kept[name])
 
 
 def _gradients(value: Tensor, named: dict[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -9,14 +9,17 @@ from stn_fx.compiler.pipeline import CompiledModel
 from stn_fx.rules.attention import attention_multiplier
 from stn_fx.rules.drop_path import path_multiplier
 from stn_fx.rules.dropout import alpha_terms, multiplier
+from stn_fx.verify.judge import nothing_dropped
 
 _RATE_ARGUMENT = {multiplier: 2, alpha_terms: 2, attention_multiplier: 1, path_multiplier: 1}
 
 
 @contextmanager
 def own_rates_off(compiled: CompiledModel) -> Iterator[None]:
-    """The rates that stand as numbers in the training passes are zero for the duration."""
+    """The rates that stand as numbers in the training passes, and those in opaque leaves, are zero for the duration."""
     with ExitStack() as stack:
+        for leaf in compiled.captured.opaque:
+            stack.enter_context(nothing_dropped(leaf.module))
         for graph in (compiled.base, compiled.linearized_training):
             stack.enter_context(_constant_rates_off(graph))
         yield

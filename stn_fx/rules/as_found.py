@@ -14,15 +14,23 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
 
     Attributes too: some models cache tensors in forward, and a cached tensor of the tracer would stay in the model.
     """
-    attributes = {module: _copied_attributes(module) for module in model.modules()}
     fast_path = torch.backends.mha.get_fastpath_enabled()
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     try:
-        with torch.random.fork_rng(devices=[d for d in devices if d is not None]):
+        with attributes_as_found(model), torch.random.fork_rng(devices=[d for d in devices if d is not None]):
             torch.backends.mha.set_fastpath_enabled(False)
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+@contextlib.contextmanager
+def attributes_as_found(model: nn.Module) -> Iterator[None]:
+    """Attributes of all modules as before: modes, parameters, hooks, counters, caches."""
+    attributes = {module: _copied_attributes(module) for module in model.modules()}
+    try:
+        yield
+    finally:
         for module, (values, contents) in attributes.items():
             module.__dict__.clear()
             module.__dict__.update(values)
