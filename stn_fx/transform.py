@@ -133,8 +133,7 @@ class SelfTuningModule(nn.Module):
 
     def _build_parameters(self, compiled: CompiledModel) -> None:
         reference = next(p for p in self.model.parameters() if p.is_floating_point())
-        self.hparams = HyperparameterSpace(list(compiled.plan.hyperparameters))
-        self.hparams.to(device=reference.device, dtype=reference.dtype)
+        self.hparams = HyperparameterSpace(compiled.plan.hyperparameters, reference.dtype, reference.device)
         generator = torch.Generator().manual_seed(self._seed)
         self.response = nn.Module()
         for name, module in build_responses(compiled.plan, self.model, generator).items():

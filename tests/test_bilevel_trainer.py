@@ -51,10 +51,9 @@ def test_inner_and_outer_steps_alternate(train_steps, valid_steps, expected):
     assert result.history[-1].outer_step == expected
 
 
-@pytest.mark.parametrize("options", [{"warmup_epochs": 0, "train_steps": 100}, {"warmup_epochs": 5}])
-def test_a_run_without_room_for_an_outer_step_says_so(options):
+def test_a_run_without_room_for_an_outer_step_says_so():
     with pytest.warns(UserWarning, match="Nothing was tuned"):
-        result = make_trainer().fit(5, **options)
+        result = make_trainer().fit(5, warmup_epochs=0, train_steps=100)
     assert result.history[-1].outer_step == 0
 
 
