@@ -70,6 +70,18 @@ def test_replay():
         assert torch.equal(draws.uniform((4, 2), X, name), first[name][0])
 
 
+def test_replay_of_gamma_and_permutations():
+    draws, like = ReplayDraws(seeded()), torch.empty(0)
+    concentration = torch.tensor([0.3, 2.0, 7.0])
+    assert torch.equal(draws.gamma(concentration, like, "a"), draws.gamma(concentration, like, "a"))
+    assert not torch.equal(draws.gamma(concentration, like, "a"), draws.gamma(concentration, like, "b"))
+    assert torch.equal(draws.permutation(50, like, "a"), draws.permutation(50, like, "a"))
+    assert not torch.equal(draws.permutation(50, like, "a"), draws.permutation(50, like, "b"))
+    for again in (lambda: draws.gamma(torch.ones(2), like, "a"), lambda: draws.permutation(3, like, "a")):
+        with pytest.raises(InputError, match="were recorded with shape"):
+            again()
+
+
 def test_what_is_replayed_can_be_written_to():
     draws = ReplayDraws(seeded())
     first = draws.uniform((4,), X, "a")

@@ -6,10 +6,18 @@ import torch.nn.functional as F
 from bilevel_fake import FakeSelfTuningModule, classification_batches
 from torch import nn
 from torch.optim import SGD
-from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, TensorDataset, random_split
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    random_split,
+)
 
 import stn_fx
-from stn_fx.bilevel import BilevelTrainer
+from stn_fx.bilevel import STN, BilevelTrainer, Linearized
 from stn_fx.errors import InputError, UnknownHyperparameterError
 
 TRAIN, VALID = classification_batches(0), classification_batches(1)
@@ -89,6 +97,31 @@ def test_parts_without_overlap_pass(parts):
 def test_losses_that_cannot_be_learned_from_are_refused(loss, message):
     with pytest.raises(InputError, match=message):
         fit(loss=loss)
+
+
+class FirstHalf(BatchSampler):
+    """Chooses the examples by itself, whatever its sampler would give."""
+
+    def __iter__(self):
+        return iter(torch.arange(32).split(self.batch_size))
+
+
+def test_batch_samplers_of_ones_own_are_not_judged():
+    second = DataLoader(Subset(DATA, range(32, 64)), 16)
+    half = BatchSampler(SubsetRandomSampler(range(32)), 8, drop_last=False)
+    for sampler in (FirstHalf(range(64), 8, drop_last=False), half):
+        fit(DataLoader(DATA, batch_sampler=sampler), second)
+    whole = BatchSampler(SequentialSampler(DATA), 8, drop_last=False)
+    with pytest.raises(InputError, match="32 of 32 validation examples"):
+        fit(DataLoader(DATA, batch_sampler=whole), second)
+
+
+def test_a_loss_beside_an_algorithm_is_refused():
+    stn = FakeSelfTuningModule(nn.Linear(8, 3, dtype=torch.float64), "weight_decay")
+    with pytest.raises(InputError, match="loss: given beside an algorithm"):
+        BilevelTrainer(stn, F.cross_entropy, train=TRAIN, valid=VALID, algorithm=stn_fx.DeltaSTN(stn))
+    with pytest.raises(InputError, match="STN learns base and response in one step"):
+        STN(stn, response_step=Linearized())
 
 
 @pytest.mark.parametrize("loaders", [{"train": []}, {"valid": []}])

@@ -10,7 +10,7 @@ from torch import nn
 
 import stn_fx
 from stn_fx.compiler.emit import source
-from stn_fx.errors import InputError
+from stn_fx.errors import InputError, StnError
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "custom_hyperparameter.py"
 
@@ -102,10 +102,16 @@ def test_emitted_code_names_the_function(example):
         ({"name": "a", "acts_on": "loss", "apply": 3}, "pass a function"),
         ({"name": "a", "acts_on": "input", "apply": lambda x, value: x}, r"called with \(x, value, draws\)"),
         ({"name": "a", "acts_on": "loss", "apply": lambda x: x}, r"called with \(output, target, value\)"),
+        (
+            {"name": "a", "acts_on": "input", "initial": 2.0, "apply": lambda x, v, d: x},
+            "not strictly between its bounds 0 and 1",
+        ),
+        ({"name": "a", "acts_on": "input", "initial": float("nan"), "apply": lambda x, v, d: x}, "not finite"),
+        ({"name": "a", "acts_on": "input", "scale": 0.0, "apply": lambda x, v, d: x}, "scale"),
     ],
 )
 def test_mistakes(arguments, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(StnError, match=message):
         stn_fx.CustomHyperparameter(**({"apply": torch.add, "initial": 0.1} | arguments))
 
 

@@ -102,6 +102,14 @@ def test_tables_and_tensors_are_what_is_needed_to_run_it(tmp_path: Path) -> None
     assert all(torch.allclose(found[key], expected[key], atol=1e-12) for key in expected)
 
 
+def test_a_function_that_cannot_be_imported_is_refused(tmp_path: Path) -> None:
+    own = stn_fx.CustomHyperparameter("brighter", lambda x, value, draws: x + value, "input", 0.5)
+    stn = stn_fx.transform(Net().double(), [own], (torch.randn(3, 3, 6, 6).double(),), seed=0)
+    with pytest.raises(StnError, match=r"cannot be imported by name.*Define it at the top of a module"):
+        emit(stn.compiled, stn, tmp_path / "net_stn.py")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_name_that_cannot_be_imported_is_refused(tmp_path: Path) -> None:
     stn = compiled()
     with pytest.raises(StnError, match="net_1_stn"):

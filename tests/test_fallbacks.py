@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from rule_cases import Fn, noise
 from torch import Tensor, nn
 
 import stn_fx
-from stn_fx.errors import CaptureError, StnError
+from stn_fx.errors import BatchLayoutError, CaptureError, StnError
 
 SITES = "dropout(shared),weight_decay"
 
@@ -186,6 +187,53 @@ def test_the_tangent_repeats_the_draws_in_its_backward() -> None:
         parameter.add_(-2e-6 * direction)
         behind = tangent()
     torch.testing.assert_close((gradient * direction).sum(), (ahead - behind) / 2e-6, rtol=1e-6, atol=1e-9)
+
+
+class Whitening(Gate):
+    """Refuses NaN, as decompositions do; ``across`` mixes the examples."""
+
+    def __init__(self, across: bool = False) -> None:
+        super().__init__()
+        self.across = across
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not bool(x.isfinite().all()):
+            raise torch.linalg.LinAlgError("not finite")
+        x = self.positive(x)
+        return x - x.mean(0) if self.across else x
+
+
+def test_a_leaf_that_refuses_what_the_probe_gives_it_is_tried_with_other_examples() -> None:
+    subject = Subject(around(Whitening), noise(5), SITES)
+    assert {n.split(".")[0] for n in subject.stn.report.unconditioned} == {"2"}
+    assert_response_pass(subject, 2)
+    numeric_tangent(subject, 2)
+    with pytest.raises(BatchLayoutError, match="not independent in the outputs"):
+        stn_fx.transform(around(lambda: Whitening(across=True))().double(), SITES, noise(5)(3))
+
+
+class Caching(Gate):
+    """Keeps what it computed last, and shares a weight among its own modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.negative.weight = self.positive.weight
+        self.last: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = super().forward(x)
+        return self.last
+
+
+def test_what_a_leaf_caches_is_no_tensor_of_the_linearized_pass() -> None:
+    stn = Subject(around(Caching), noise(5), SITES).stn.train()
+    weight, (x,) = stn.model[2].positive.weight, noise(5)(4)
+    stn(x)
+    last = stn.model[2].last
+    stn.linearize(x)
+    assert stn.model[2].last is last
+    assert stn.model[2].positive.weight is stn.model[2].negative.weight is weight
+    copy.deepcopy(stn.model[2].positive)
 
 
 def test_hooks_run_once_and_copies_work() -> None:

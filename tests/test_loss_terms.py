@@ -178,6 +178,47 @@ def test_the_loss_receives_mixed_soft_targets():
         mix(stn, Batch((), (X[:, 0],)), {"cutmix": torch.ones(5)})
 
 
+class SequenceFirst(nn.Module):
+    """Scores (B, C) of a sequence (T, B, F)."""
+
+    def __init__(self):
+        super().__init__()
+        self.score = nn.Linear(4, 3, dtype=torch.float64)
+
+    def forward(self, x_TBF):
+        return self.score(x_TBF).mean(0)
+
+
+@pytest.mark.parametrize("length", [5, 7])
+def test_examples_are_mixed_along_the_batch_axis_wherever_it_is(length):
+    x_TBF = torch.arange(5.0, dtype=torch.float64)[:, None].expand(length, 5, 4)  # an example holds its number
+    stn = stn_fx.transform(SequenceFirst(), "mixup", (x_TBF,), batch_axis=1, seed=0)
+    mixed = mix(stn, Batch((x_TBF, torch.arange(5) % 3), (x_TBF,)), {"mixup": torch.ones(5)})
+    (ours_TBF,) = mixed.batch.inputs
+    mixture = mixed.mixture
+    number_B = mixture.inputs(torch.arange(5.0, dtype=torch.float64)[:, None])[:, 0]
+    assert not torch.equal(number_B, torch.arange(5.0, dtype=torch.float64))
+    torch.testing.assert_close(ours_TBF, number_B[:, None].expand(length, 5, 4))
+
+
+@pytest.mark.parametrize("hparams", ["weight_decay@**,weight_decay@0", "weight_decay,l1@3.weight,l1@3.*,l1@3.bias"])
+def test_a_pattern_that_is_left_without_weights_is_refused(hparams):
+    with pytest.raises(UnknownHyperparameterError, match="no weights are left"):
+        wrapped(hparams)
+
+
+def test_the_loss_of_an_outer_step_is_the_validation_loss_alone():
+    stn = wrapped("weight_decay,label_smoothing")
+    steps = stn_fx.DeltaSTN(stn, entropy_weight=10.0)
+    steps.prepare((X, torch.tensor([0, 1, 2, 0, 1])))
+    with torch.no_grad():
+        for parameter in stn.response_parameters():
+            parameter.zero_()  # then it is that of the base pass
+    expected = F.cross_entropy(stn.model.eval()(X), torch.tensor([0, 1, 2, 0, 1]))
+    record = steps.outer_step((X, torch.tensor([0, 1, 2, 0, 1])))
+    assert record.loss == pytest.approx(expected.item(), rel=1e-12)
+
+
 def test_the_joint_loss_of_stn_has_the_gradient_of_the_norms_in_base_and_response():
     stn = wrapped("weight_decay,weight_decay@0,weight_decay@5.bias,l1@3")
     steps = STN(stn, Objective(train=lambda output, content, values: 0.0 * output.sum(1)))

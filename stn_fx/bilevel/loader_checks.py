@@ -105,11 +105,14 @@ def _loader_examples(loader: "DataLoader[Any]") -> Examples | None:
         count = len(loader.dataset)  # type: ignore[arg-type]
     except TypeError:
         return None
-    if loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler:
-        return None  # it chooses the examples, and the loader's sampler is none that is used
-    if isinstance(loader.sampler, SubsetRandomSampler):
-        indices: Sequence[int] = [int(index) for index in loader.sampler.indices]
-    elif isinstance(loader.sampler, (SequentialSampler, RandomSampler, DistributedSampler)):
+    sampler = loader.sampler
+    if loader.batch_sampler is not None:
+        if type(loader.batch_sampler) is not BatchSampler:
+            return None  # it chooses the examples by itself
+        sampler = loader.batch_sampler.sampler  # that of a loader which was given the batch sampler is never used
+    if isinstance(sampler, SubsetRandomSampler):
+        indices: Sequence[int] = [int(index) for index in sampler.indices]
+    elif isinstance(sampler, (SequentialSampler, RandomSampler, DistributedSampler)):
         indices = range(count)
     else:
         return None  # a sampler of ones own may leave out anything
