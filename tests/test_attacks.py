@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import stn_fx
+from stn_fx.compiler.emit import emit
+from stn_fx.compiler.proof import prove
 from stn_fx.errors import InputError, StnError
 
 X = torch.randn(5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -159,3 +161,26 @@ def test_a_model_whose_settings_go_on_changing_keeps_a_few_captures() -> None:
         model.temperature = float(step)
         stn(X)
     assert len(stn._captures) == 8
+
+
+class OddlyNamed(nn.Module):
+    """Inputs named like tables and functions of the code that is emitted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent, self.head = nn.GRU(6, 6, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, state: Tensor, response: Tensor, torch: Tensor, delta_1: Tensor, *, draws: Tensor) -> Tensor:
+        return self.head(self.recurrent(state, response)[0][:, -1] * torch) + delta_1 * draws
+
+
+def test_inputs_may_have_any_name(tmp_path: Path) -> None:
+    made = torch.Generator().manual_seed(0)
+    shapes = {"state": (4, 2, 6), "response": (1, 4, 6), "torch": (4, 6), "delta_1": (4, 3), "draws": (4, 3)}
+    inputs = {name: torch.randn(shape, generator=made).double() for name, shape in shapes.items()}
+    stn = stn_fx.transform(
+        OddlyNamed().double(), "weight_decay,input_dropout@state", inputs, batch_axis=(0, 1, 0, 0, 0)
+    )
+    assert stn_fx.check(stn, inputs).passed
+    written = emit(stn.compiled, stn, tmp_path / "oddly_named.py")
+    assert prove(written.module, stn.compiled, stn).passed

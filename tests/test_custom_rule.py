@@ -35,6 +35,18 @@ def test_without_the_rule_the_report_says_what_is_lost(names: dict[str, Any]) ->
     assert stn.respond(*stn_example).shape == (4, 16)
 
 
+@pytest.mark.parametrize("with_rule", [True, False])
+def test_check_does_not_trust_forward_mode_through_it(names: dict[str, Any], with_rule: bool) -> None:
+    """Forward mode is a silent zero through a custom operator."""
+    rules = {"rules": names["rules"]} if with_rule else {}
+    x = names["torch"].randn(4, 8)
+    checked = stn_fx.check(stn_fx.transform(names["stn"].model, "weight_decay", (x,), **rules), x)
+    assert checked.passed, checked
+    assert {o.note for o in checked.oracles if o.name in ("linearized pass", "training graph")} == {
+        "judged by central differences"
+    }
+
+
 @pytest.mark.parametrize("response", ["rowwise", stn_fx.LowRank(2)], ids=["row-wise", "low-rank"])
 def test_the_rule_is_right(names: dict[str, Any], response: Any) -> None:
     class Formula(names["Snake"]):

@@ -22,9 +22,9 @@ from zoo_models import entries
 SAMPLE: dict[tuple[str, str], set[str]] = {
     ("own", "simple cnn"): {"ConvolutionRule", "LinearInInputRule", "LinearRule", "MaxPoolRule", "ReluRule"},
     ("own", "autoencoder"): {"TransposedConvolutionRule", "PointwiseRule"},
-    ("own", "weight norm"): {"DetachRule", "ProductRule"},
-    ("own", "word model"): {"RecurrentRule", "EmbeddingRule", "JoinRule"},
-    ("own", "by hand"): {"CopyRule", "InstanceNormRule", "MatmulRule", "RMSNormRule", "SoftmaxRule"},
+    ("own", "weight norm and spectral norm"): {"DetachRule", "ProductRule"},
+    ("own", "lstm language model, sequence first"): {"RecurrentRule", "EmbeddingRule", "JoinRule"},
+    ("own", "attention by hand"): {"CopyRule", "InstanceNormRule", "MatmulRule", "RMSNormRule", "SoftmaxRule"},
     ("transformers", "gpt2 lm"): {"AddmmRule", "AttentionRule", "DropoutRule", "DropPathRule", "LayerNormRule"},
     ("transformers", "t5 lm"): {"WhereRule", "SumRule"},
     ("transformers", "swin classifier"): {"ShiftedRule"},

@@ -20,6 +20,7 @@ from zoo_models import Entry, Prepared
 
 import stn_fx
 from stn_fx.errors import StnError, UnknownHyperparameterError
+from stn_fx.rules import Registry
 from stn_fx.verify.check import least_precision, make_trial, run_oracles
 from stn_fx.verify.judge import floating
 from stn_fx.verify.oracles import weighted_sum
@@ -107,7 +108,7 @@ def _measure(prepared: Prepared, row: Row, report: Callable[[], None]) -> None:
         randomise_constants(model, torch.Generator().manual_seed(0))
         enlarge_small_weights(model)
         try:
-            stn = _convert(model, inputs, row)
+            stn = _convert(model, inputs, prepared.rules, row)
             break
         except stn_fx.errors.CaptureError:  # some models run in nothing but float32
             if dtype == torch.float32:
@@ -158,13 +159,13 @@ def _exports_timed() -> Iterator[list[float]]:
         torch.export.export = export
 
 
-def _convert(model: nn.Module, inputs: Inputs, row: Row) -> stn_fx.SelfTuningModule:
+def _convert(model: nn.Module, inputs: Inputs, rules: Registry | None, row: Row) -> stn_fx.SelfTuningModule:
     args, kwargs = inputs
     for hparams in HPARAMS:
         start = time.process_time()
         try:
             with _exports_timed() as exports:
-                return stn_fx.transform(model, hparams, kwargs or args, seed=0)
+                return stn_fx.transform(model, hparams, kwargs or args, rules=rules, seed=0)
         except UnknownHyperparameterError:
             continue
         finally:

@@ -15,8 +15,10 @@ import timm
 import torch
 import torchvision
 import transformers
-from simple_cnn import SimpleCNN
 from torch import Tensor, nn
+from zoo_own import custom_layer, own_models
+
+from stn_fx.rules import Registry
 
 BATCH = 2
 SIDES = (64, 96, 128, 160, 192, 224, 240, 256, 288, 299, 384, 512)
@@ -34,6 +36,8 @@ class Prepared:
     model: nn.Module
     inputs: tuple[Any, ...] | dict[str, Any]
     reduced: str = ""
+    rules: Registry | None = None
+    """Where the model needs more than the built-in rules."""
 
 
 @dataclass(frozen=True)
@@ -379,85 +383,16 @@ _TRANSFORMERS: dict[str, Callable[[], Prepared]] = {
 # ---- own
 
 
-class SequenceClassifier(nn.Module):
-    """torch's own transformer encoder over embedded tokens."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(50, 16)
-        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.head = nn.Linear(16, 4)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.encoder(self.embedding(tokens)).mean(1))
-
-
-class WeightNormalised(nn.Module):
-    """Weights that are computed before use: weight norm and spectral norm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3))
-        self.head = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.conv(x).relu().mean((2, 3)))
-
-
-class WordModel(nn.Module):
-    """Two LSTM layers with dropout between them, carried state, and a decoder tied to the embedding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(30, 8)
-        self.recurrent = nn.LSTM(8, 8, 2, dropout=0.2)
-        self.decoder = nn.Linear(8, 30)
-        self.decoder.weight = self.embedding.weight
-
-    def forward(self, tokens: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        outputs, state = self.recurrent(self.embedding(tokens), state)
-        return self.decoder(outputs), state
-
-
-class ByHand(nn.Module):
-    """Attention written out, a class token written in place, and the norms that are rare in libraries."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.instance, self.rms = nn.InstanceNorm1d(8, affine=True), nn.RMSNorm(8)
-        self.queries, self.keys, self.values = (nn.Linear(8, 8) for _ in range(3))
-        self.token, self.head = nn.Parameter(torch.randn(8)), nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.zeros_like(x)
-        y[:, 1:] = self.instance(x.transpose(1, 2)).transpose(1, 2)[:, 1:]
-        y[:, 0] = self.token
-        y = self.rms(y)
-        scores = (self.queries(y) @ self.keys(y).transpose(1, 2) / 8**0.5).softmax(-1)
-        return self.head((scores @ self.values(y))[:, 0])
-
-
 def _own() -> Iterator[Entry]:
-    tokens, image = torch.zeros(BATCH, 7, dtype=torch.long), torch.randn(BATCH, 1, 28, 28)
-    autoencoder = nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.GELU(), nn.ConvTranspose2d(8, 1, 4, 2, 1))
-    made: dict[str, tuple[Builder, tuple[Any, ...]]] = {
-        "simple cnn": (SimpleCNN, (image,)),
-        "transformer encoder": (SequenceClassifier, (tokens.random_(30),)),
-        "weight norm": (WeightNormalised, (torch.randn(BATCH, 3, 8, 8),)),
-        "autoencoder": (lambda: autoencoder, (image,)),
-        "word model": (
-            WordModel,
-            (tokens.t().contiguous(), (torch.zeros(2, BATCH, 8), torch.zeros(2, BATCH, 8))),
-        ),
-        "by hand": (ByHand, (torch.randn(BATCH, 5, 8),)),
-        "transformer": (
-            lambda: nn.Transformer(16, 2, 2, 2, 32),
-            (torch.randn(5, BATCH, 16), torch.randn(4, BATCH, 16)),
-        ),
-    }
-    for name, (build, inputs) in made.items():
+    for name, (build, inputs) in own_models().items():
         yield Entry("own", name, lambda full, build=build, inputs=inputs: Prepared(build(), inputs))
+    yield Entry("own", "custom layer with its rule", lambda full: _custom_layer())
+
+
+def _custom_layer() -> Prepared:
+    example = custom_layer()
+    model = nn.Sequential(nn.Linear(8, 16), example.Snake(16), nn.Dropout(0.1), nn.Linear(16, 3))
+    return Prepared(model, (torch.randn(BATCH, 8),), rules=example.rules)
 
 
 _LIBRARIES: dict[str, Callable[[], Iterator[Entry]]] = {

@@ -21,8 +21,13 @@ def lacks_forward_mode(node: Node, registry: Registry) -> bool:
     if registry.find(node) is not None:
         return False
     if "lacks_forward_mode" not in node.meta:
-        node.meta["lacks_forward_mode"] = node.target.namespace != "aten" or _is_refused(node)
+        node.meta["lacks_forward_mode"] = is_foreign(node) or _is_refused(node)
     return bool(node.meta["lacks_forward_mode"])
+
+
+def is_foreign(node: Node) -> bool:
+    """Whether this calls an operator that neither torch nor stn_fx defines."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in ("aten", "stn_fx")
 
 
 def _is_refused(node: Node) -> bool:

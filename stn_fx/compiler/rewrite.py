@@ -77,8 +77,9 @@ class GraphEmitter:
     def run(self) -> Graph:
         """Emit every node, the buffer updates (base pass only) and the output."""
         for name in self.captured.inputs:
-            holder = self.captured.placeholders()[name]
-            self.values[holder] = self.graph.placeholder(_identifier(name))
+            given = self.graph.placeholder(_identifier(name))
+            given.target = given.name  # fx makes that one unique, also where an input is named like a table
+            self.values[self.captured.placeholders()[name]] = given
         for node in self.captured.graph.nodes:
             self.origin = node
             if node.op == "call_function":

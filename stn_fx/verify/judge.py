@@ -4,6 +4,7 @@ Where a response lives on an effective tensor (weight norm, standardised convolu
 the captured graph is run instead, with that tensor's value changed.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from stn_fx.compiler.forward_mode import is_foreign
 from stn_fx.compiler.layouts import run_node
 from stn_fx.compiler.pipeline import state_tensors
 from stn_fx.compiler.stand_ins import AllLayersRun
@@ -43,6 +45,10 @@ class Judge:
         self.graph = self.captured.training if training else self.captured.evaluation
         where = compiled.plan.effective.get("training" if training else "evaluation", {})
         self.nodes = {node: name for node, name in where.items() if name in self.effective}
+        # Forward mode would give a silent zero for them.
+        self.differences = any(is_foreign(node) for node in self.graph.graph.nodes) or any(
+            not leaf.forward_mode for leaf in self.captured.opaque
+        )
 
     def outputs(self, inputs: Inputs, changes: Changes) -> list[Tensor]:
         """Floating outputs at the weights ``w0 + changes``."""
@@ -53,14 +59,14 @@ class Judge:
         """``J_w f . changes``, by forward mode; by central differences (True) where an operator has no forward mode."""
         load_forward_mode()
         with self._conditions():
-            try:
-                zeros = {name: torch.zeros_like(change) for name, change in changes.items()}
-                tangents = torch.func.jvp(lambda moved: self._run(inputs, moved), (zeros,), (changes,))[1]
-                return list(tangents), False
-            except (NotImplementedError, RuntimeError):
-                step = 1e-5
-                ends = [self._run(inputs, {n: s * step * c for n, c in changes.items()}) for s in (1, -1)]
-                return [(a - b) / (2 * step) for a, b in zip(*ends, strict=True)], True
+            if not self.differences:
+                with contextlib.suppress(NotImplementedError, RuntimeError):
+                    zeros = {name: torch.zeros_like(change) for name, change in changes.items()}
+                    tangents = torch.func.jvp(lambda moved: self._run(inputs, moved), (zeros,), (changes,))[1]
+                    return list(tangents), False
+            step = 1e-5
+            ends = [self._run(inputs, {n: s * step * c for n, c in changes.items()}) for s in (1, -1)]
+            return [(a - b) / (2 * step) for a, b in zip(*ends, strict=True)], True
 
     def _run(self, inputs: Inputs, changes: Changes) -> list[Tensor]:
         args, kwargs = inputs
