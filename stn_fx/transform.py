@@ -1,5 +1,6 @@
 """The facade: ``transform`` compiles a module into a ``SelfTuningModule``."""
 
+import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from stn_fx.compiler.finalize import Finalized, write_rates
 from stn_fx.compiler.pipeline import BatchAxis, CompiledModel, compile_model, state_tensors
 from stn_fx.compiler.report import Report
 from stn_fx.compiler.responses import build_responses, part_shapes, planned_shapes
-from stn_fx.compiler.signature import input_signature, module_signature, training_flags
+from stn_fx.compiler.signature import changed_settings, input_signature, module_signature, training_flags
 from stn_fx.errors import InputError, StnError
 from stn_fx.hparams import HyperparameterSpace, Selection, parse_hparams
 from stn_fx.hparams.selection import Chosen
@@ -127,9 +128,26 @@ class SelfTuningModule(nn.Module):
         self._live |= {id(module) for leaf in compiled.captured.opaque for module in leaf.module.modules()}
         signature = (input_signature(args, kwargs, axes), self._surroundings())
         self._captures.insert(0, _Capture(compiled, signature, compiled.captured.training_flags))
-        del self._captures[KEPT_CAPTURES:]
+        if len(self._captures) > KEPT_CAPTURES:
+            self._warn_of_captures()
+            del self._captures[KEPT_CAPTURES:]
         self._example = tree_detached((args, kwargs))
         return compiled
+
+    def _warn_of_captures(self) -> None:
+        (inputs, (now, autocast)), (old_inputs, (before, old_autocast)) = (c.signature for c in self._captures[:2])
+        places = changed_settings(self.model, before, now, self._live)
+        if places:
+            why = f"{', '.join(places[:4])} changed. Keep what changes from step to step in a tensor (a buffer)"
+        elif inputs != old_inputs:
+            why = "the inputs have another shape or structure. Use few shapes: pad to a multiple of some length"
+        else:
+            why = "autocast, hooks or modes of submodules changed" if autocast == old_autocast else "autocast changed"
+        warnings.warn(
+            f"{type(self.model).__name__} is captured anew for the {KEPT_CAPTURES + 1}th time or more, which takes "
+            f"seconds each time: {why}.",
+            stacklevel=2,
+        )
 
     def _build_parameters(self, compiled: CompiledModel) -> None:
         reference = next(p for p in self.model.parameters() if p.is_floating_point())

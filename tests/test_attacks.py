@@ -154,13 +154,24 @@ def test_a_batch_axis_that_is_none_is_named(axis: object) -> None:
         stn_fx.transform(nn.Linear(6, 3).double(), "weight_decay", (X,), batch_axis=axis)  # type: ignore[arg-type]
 
 
-def test_a_model_whose_settings_go_on_changing_keeps_a_few_captures() -> None:
-    model = nn.Linear(6, 3).double()
+def test_a_model_whose_settings_go_on_changing_keeps_a_few_captures_and_says_so() -> None:
+    model = nn.Sequential(nn.Linear(6, 3)).double()
     stn = transformed(model).train()
-    for step in range(12):
-        model.temperature = float(step)
+    for step in range(7):
+        model[0].temperature = float(step)
+        stn(X)
+    model[0].temperature = 7.0
+    with pytest.warns(UserWarning, match=r"captured anew.*0.temperature changed. Keep .* in a tensor"):
         stn(X)
     assert len(stn._captures) == 8
+
+
+def test_inputs_whose_shape_goes_on_changing_are_said() -> None:
+    stn = transformed(nn.Linear(6, 3).double()).train()
+    for length in range(2, 9):
+        stn(X.unsqueeze(1).expand(5, length, 6))
+    with pytest.warns(UserWarning, match="the inputs have another shape or structure.*pad to a multiple"):
+        stn(X.unsqueeze(1).expand(5, 9, 6))
 
 
 class OddlyNamed(nn.Module):

@@ -201,6 +201,32 @@ def test_examples_are_mixed_along_the_batch_axis_wherever_it_is(length):
     torch.testing.assert_close(ours_TBF, number_B[:, None].expand(length, 5, 4))
 
 
+class ImageAndWords(nn.Module):
+    """Scores (B, C) of images and token numbers (B, T), or of two images."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.score = nn.Embedding(9, 4), nn.Linear(4, 3)
+
+    def forward(self, image, words):
+        words = words.mean((2, 3)) if words.is_floating_point() else self.words(words).mean(1)
+        return self.score(words * image.mean((1, 2, 3))[:, None])
+
+
+@pytest.mark.parametrize(
+    ("way", "other", "what"),
+    [
+        ("mixup", torch.zeros(5, 7, dtype=torch.long), r"int64 \(5, 7\)"),
+        ("cutmix", torch.zeros(5, 4, 8, 8), r"float32 \(5, 4, 8, 8\)"),
+    ],
+)
+def test_examples_of_which_only_a_part_can_be_mixed_are_refused(way, other, what):
+    inputs = (torch.randn(5, 3, 8, 8), other)
+    stn = stn_fx.transform(ImageAndWords(), way, inputs, seed=0)
+    with pytest.raises(InputError, match=f"{way} mixes the targets.*{what} would stay"):
+        mix(stn, Batch((*inputs, torch.zeros(5).long()), inputs), {way: torch.ones(5)})
+
+
 @pytest.mark.parametrize("hparams", ["weight_decay@**,weight_decay@0", "weight_decay,l1@3.weight,l1@3.*,l1@3.bias"])
 def test_a_pattern_that_is_left_without_weights_is_refused(hparams):
     with pytest.raises(UnknownHyperparameterError, match="no weights are left"):

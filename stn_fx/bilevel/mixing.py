@@ -53,9 +53,18 @@ def mix(stn: "SelfTuningModule", batch: Batch, values: Mapping[str, Tensor]) -> 
     leaves, structure = tree_flatten(batch.inputs)
     axes = {i: axis for i, axis in enumerate(stn.compiled.captured.batch_axes) if axis is not None}
     fitting = [i for i, leaf in enumerate(leaves) if i in axes and _fits(leaf, axes[i], way)]
+    left = [
+        leaf for i, leaf in enumerate(leaves) if i in axes and i not in (fitting if way == "mixup" else fitting[:1])
+    ]
     if not fitting:
         what = "an image (B, C, H, W)" if way == "cutmix" else "a floating tensor with a batch axis"
         raise InputError(f"{way} needs {what} among the inputs, and there is none. Leave {way} out of hparams.")
+    if left:
+        what = ", ".join(f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}" for leaf in left)
+        raise InputError(
+            f"{way} mixes the targets of examples, and cannot mix all of their inputs ({what} would stay those of one "
+            f"example). Leave {way} out of hparams."
+        )
     x = leaves[fitting[0]].movedim(axes[fitting[0]], 0)
     mixture = (draw_mixup if way == "mixup" else draw_cutmix)(x, values[way], draws, way)
     for index in fitting if way == "mixup" else fitting[:1]:

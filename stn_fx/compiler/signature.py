@@ -37,6 +37,15 @@ def module_signature(model: nn.Module, live: Container[int] = ()) -> Signature:
     return parameters, tuple(_module(module) for module in model.modules() if id(module) not in live)
 
 
+def changed_settings(model: nn.Module, before: Signature, after: Signature, live: Container[int] = ()) -> list[str]:
+    """Places whose settings differ between two signatures of this model, as ``layer1.0.temperature``."""
+    names = [name for name, module in model.named_modules() if id(module) not in live]
+    places = []
+    for name, (_, _, _, old), (_, _, _, new) in zip(names, before[1], after[1], strict=False):
+        places += [f"{name}.{key}".lstrip(".") for key, _ in sorted(set(old) ^ set(new), key=str)]
+    return list(dict.fromkeys(places))
+
+
 def _module(module: nn.Module) -> Signature:
     settings = tuple(
         (name, value)
