@@ -42,7 +42,7 @@ def mix(stn: "SelfTuningModule", batch: Batch, values: Mapping[str, Tensor]) -> 
     """The batch with its inputs mixed as mixup and cutmix, with the values (B,) of each example, ask for.
 
     Raises:
-        InputError: no input can be mixed.
+        InputError: no input can be mixed, or not all of them.
     """
     ways = [name for name in ("mixup", "cutmix") if name in values]
     if not ways:
@@ -53,9 +53,9 @@ def mix(stn: "SelfTuningModule", batch: Batch, values: Mapping[str, Tensor]) -> 
     leaves, structure = tree_flatten(batch.inputs)
     axes = {i: axis for i, axis in enumerate(stn.compiled.captured.batch_axes) if axis is not None}
     fitting = [i for i, leaf in enumerate(leaves) if i in axes and _fits(leaf, axes[i], way)]
-    left = [
-        leaf for i, leaf in enumerate(leaves) if i in axes and i not in (fitting if way == "mixup" else fitting[:1])
-    ]
+    if way == "cutmix":
+        fitting = fitting[:1]
+    left = [leaf for i, leaf in enumerate(leaves) if i in axes and i not in fitting]
     if not fitting:
         what = "an image (B, C, H, W)" if way == "cutmix" else "a floating tensor with a batch axis"
         raise InputError(f"{way} needs {what} among the inputs, and there is none. Leave {way} out of hparams.")
@@ -67,7 +67,7 @@ def mix(stn: "SelfTuningModule", batch: Batch, values: Mapping[str, Tensor]) -> 
         )
     x = leaves[fitting[0]].movedim(axes[fitting[0]], 0)
     mixture = (draw_mixup if way == "mixup" else draw_cutmix)(x, values[way], draws, way)
-    for index in fitting if way == "mixup" else fitting[:1]:
+    for index in fitting:
         leaves[index] = mixture.inputs(leaves[index].movedim(axes[index], 0)).movedim(0, axes[index])
     return MixedBatch(replace(batch, inputs=tree_unflatten(leaves, structure)), mixture)
 
