@@ -211,3 +211,27 @@ def test_two_wrappers_of_one_model_in_training_do_not_disturb_each_other() -> No
         model.head.bias.add_(1.0)
     for stn in (first, second):
         torch.testing.assert_close(stn.eval().respond(X.float()), model.eval()(X.float()))
+
+
+class FullPrecisionRegion(nn.Module):
+    """Divides in a region that switches autocast off, as linear attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(6, 6), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.nn.functional.pad(self.inner(x), (0, 1), mode="constant", value=1.0)
+        with torch.autocast("cpu", enabled=False):
+            x = x.float() / (x[..., -1:] + 1e-3)
+        return self.head(x.to(self.head.weight.dtype))
+
+
+def test_a_region_without_autocast_leaves_the_batch_size_open() -> None:
+    """Trying operators on the captured values once fixed the symbolic batch size of the whole graph."""
+    x = torch.randn(2, 6, dtype=torch.float64)
+    stn = stn_fx.transform(FullPrecisionRegion().double(), "weight_decay", (x,))
+    for captured in (stn.compiled.captured.training, stn.compiled.captured.evaluation):
+        given = captured.placeholders()[captured.inputs[0]].meta["val"]
+        assert isinstance(given.shape[0], torch.SymInt)
+    assert stn_fx.check(stn, torch.randn(5, 6, dtype=torch.float64)).passed

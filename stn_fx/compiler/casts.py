@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
 
 from stn_fx.compiler.functionalize import written_argument
+from stn_fx.compiler.trial_values import trial_arguments
 
 aten = torch.ops.aten
 
@@ -63,10 +63,10 @@ def cast_explicitly(graph: Graph, model: nn.Module) -> None:
 
 def _own_dtype(node: Node, device: str) -> torch.dtype | None:
     """Dtype that the operator gives without autocast; None where it refuses its inputs."""
-    values: Any = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
-    with torch.autocast(device, enabled=False):
+    mode, args, kwargs = trial_arguments(node)
+    with mode, torch.autocast(device, enabled=False):
         try:
-            return _floating_dtype(node.target(*values[0], **values[1]))  # type: ignore[operator]
+            return _floating_dtype(node.target(*args, **kwargs))  # type: ignore[operator]
         except (RuntimeError, TypeError, ValueError):
             return None
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from stn_fx.compiler.trial_values import trial_arguments
 from stn_fx.rules import Registry
 from stn_fx.rules.tangent import differentiable, load_forward_mode
 
@@ -31,9 +32,9 @@ def is_foreign(node: Node) -> bool:
 
 
 def _is_refused(node: Node) -> bool:
-    """Ask torch on the captured (fake) values."""
-    arguments = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta.get("val"))
-    leaves, spec = pytree.tree_flatten(arguments)
+    """Ask torch on fake values."""
+    mode, *arguments = trial_arguments(node)
+    leaves, spec = pytree.tree_flatten(tuple(arguments))
     floating = [i for i, leaf in enumerate(leaves) if differentiable(leaf)]
     if not floating:
         return False
@@ -46,12 +47,14 @@ def _is_refused(node: Node) -> bool:
         outputs = node.target(*args, **kwargs)  # type: ignore[operator]
         return tuple(o for o in pytree.tree_leaves(outputs) if differentiable(o))
 
-    primals = tuple(leaves[i].detach() for i in floating)
+    with mode:
+        primals = tuple(leaves[i].detach() for i in floating)
     load_forward_mode()
     try:
-        torch.func.jvp(function, primals, tuple(torch.empty_like(p) for p in primals))
+        with mode:
+            torch.func.jvp(function, primals, tuple(torch.empty_like(p) for p in primals))
     except NotImplementedError as error:
         return _REFUSAL in str(error)
-    except Exception:  # not a matter of forward mode: the values are not there, or the sizes are symbolic
+    except Exception:  # not a matter of forward mode
         return False
     return False

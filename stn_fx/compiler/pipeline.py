@@ -1,6 +1,7 @@
 """The compiler's way of the data, in one place: capture -> analyse -> plan -> rewrite."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -173,29 +174,33 @@ def capture_with_batch_axis(
     flat = pytree.tree_leaves((args, kwargs))
     if batch_axis is not None:
         captured = capture(model, args, kwargs, _named_axes(flat, batch_axis))
-        if not _outputs_are_decided(model, captured):
+        decided, meeting = _outputs_are_decided(model, captured)
+        if not decided:
             raise BatchLayoutError(
                 f"With batch_axis={batch_axis!r} the examples of {type(model).__name__} are not independent: changing "
-                f"one example changes the outputs of others, or the outputs have no batch axis. Name another axis."
+                f"one example changes the outputs of others{meeting}, or the outputs have no batch axis. Name another "
+                f"axis."
             )
         return captured, ""
     failure: Exception | None = None
-    captured = None
+    captured, meetings = None, []
     for axes in _candidate_axes(flat):
         try:
             captured = capture(model, args, kwargs, axes)
         except CaptureError as error:
             failure = failure or error
             continue
-        if _outputs_are_decided(model, captured):
+        decided, meeting = _outputs_are_decided(model, captured)
+        if decided:
             return captured, _note_on(axes)
+        meetings.append(meeting)
     if failure is not None and captured is None:
         raise failure
     raise BatchLayoutError(
         f"No axis of the inputs of {type(model).__name__} can be the batch: along axis 0 and 1 the examples are not "
-        f"independent in the outputs, or the outputs have no axis for them. Return one row per example, or name the "
-        f"axis with batch_axis= (an int, or one per input). Outputs that compare examples with each other, as a "
-        f"contrastive loss needs them, have none: leave them out of the forward."
+        f"independent in the outputs{next(iter(meetings), '')}, or the outputs have no axis for them. Return one row "
+        f"per example, or name the axis with batch_axis= (an int, or one per input). Outputs that compare examples "
+        f"with each other, as a contrastive loss needs them, have none: leave them out of the forward."
     )
 
 
@@ -252,7 +257,8 @@ def _common_axes(flat: list[Any], axis: int) -> list[int | None] | None:
     return [axis if isinstance(v, Tensor) and v.ndim > axis and v.shape[axis] == sizes[0] else None for v in flat]
 
 
-def _outputs_are_decided(model: nn.Module, captured: CapturedModel) -> bool:
+def _outputs_are_decided(model: nn.Module, captured: CapturedModel) -> tuple[bool, str]:
+    """Whether the examples are independent in the first output; if not, where they meet, as far as can be seen."""
     graph = captured.evaluation
     layouts = analyse_layouts(graph, captured, state_tensors(model, captured))
     output = next(node for node in graph.graph.nodes if node.op == "output")
@@ -261,13 +267,19 @@ def _outputs_are_decided(model: nn.Module, captured: CapturedModel) -> bool:
         for node in output.all_input_nodes
         if isinstance(node.meta.get("val"), Tensor) and symbolic_axes(node.meta["val"], graph.batch_symbol)
     ]
-    decided = [node for node in batched if node in layouts]
-    return bool(decided) and layouts_include(decided, batched)
+    if batched and batched[0] in layouts:
+        return True, ""
+    meeting = next((node for node in graph.graph.nodes if _loses_the_batch(node, layouts)), None)
+    if meeting is None:
+        return False, ""
+    return False, f" (they meet in {meeting.target} at {module_path(meeting) or 'the model itself'})"
 
 
-def layouts_include(decided: list[Node], batched: list[Node]) -> bool:
-    """Whether at least one output has a decided layout and the first one does."""
-    return batched[0] in decided
+def _loses_the_batch(node: Node, layouts: Container[Node]) -> bool:
+    """Whether all batched values that this operator takes are decided, and what it makes of them is not."""
+    sources = node.args[0].all_input_nodes if node.target is operator.getitem else node.all_input_nodes
+    made = differentiable(node.meta.get("val")) and node.op == "call_function" and node not in layouts
+    return made and any(n in layouts and differentiable(n.meta["val"]) for n in sources)
 
 
 def _image_size(captured: CapturedModel) -> tuple[int, int] | None:
