@@ -96,7 +96,8 @@ def smallest_images(
                 reduced = shorten(model) if shortened else ""
                 inputs = (torch.randn(shape(side)),)
                 with torch.no_grad():
-                    model.eval()(*inputs)
+                    for mode in (True, False):  # auxiliary classifiers, which run in training only, may need more
+                        model.train(mode)(*inputs)
                 return Prepared(model, inputs, reduced)
             except Exception as error:
                 failure = error
