@@ -221,6 +221,22 @@ own(
     lambda b: {"image": noise(1, 5, 5)(b)[0], "vector": noise(3)(b)[0], "gain": noise()(b)[0]},
 )
 
+
+class Siamese(nn.Module):
+    """Two batches encoded as one, and taken apart by `chunk`, whose parts torch.export cannot tell to be equal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.1))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        left, right = torch.chunk(self.encoder(torch.cat([left, right])).mean((2, 3)), chunks=2, dim=0)
+        return self.head((left - right).abs())
+
+
+own("siamese, two batches as one", Siamese, lambda b: (*noise(1, 5, 5)(b), noise(1, 5, 5)(b)[0].sin()))
+
 # ---- no_grad, frozen and held parts
 
 

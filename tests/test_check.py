@@ -131,3 +131,21 @@ def test_a_model_that_insists_on_float32_is_judged_by_that_precision() -> None:
 def test_inputs_that_are_no_batch_are_refused() -> None:
     with pytest.raises(stn_fx.errors.InputError, match="batch"):
         stn_fx.check(stn_fx.transform(MLP(), "dropout", (X,)), 3)
+
+
+class Gated(nn.Module):
+    """A factor through which no gradient is to flow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(5, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x).tanh()
+        return self.head(x * x.detach())
+
+
+def test_what_a_forward_detaches_is_no_false_alarm() -> None:
+    x = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    assert stn_fx.check(stn_fx.transform(Gated(), "weight_decay", (x,)), x).passed

@@ -200,6 +200,31 @@ class TwoHeads(nn.Module):
         return Prediction(self.first(joint), (left, right), {"second": self.second(joint) * gain[:, None]})
 
 
+class Siamese(nn.Module):
+    """Two images encoded as one batch of twice the size, and taken apart again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(1, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.1))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        left, right = self.encoder(torch.cat([left, right])).mean((2, 3)).chunk(2)
+        return self.head((left - right).abs())
+
+
+class DetachedTarget(nn.Module):
+    """Gates by features through which no gradient is to flow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.drop, self.head = nn.Linear(8, 8), nn.Dropout(0.1), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x).tanh()
+        return self.head(self.drop(x * x.detach().sigmoid()))
+
+
 class FineTuned(nn.Module):
     """A frozen backbone with its batch norm held in evaluation mode, run without gradients, and a trained head."""
 
@@ -299,6 +324,8 @@ def own_models() -> dict[str, tuple[Builder, tuple[Any, ...] | dict[str, Any]]]:
             TwoHeads,
             {"image": image, "vector": torch.randn(BATCH, 3), "gain": torch.randn(BATCH)},
         ),
+        "siamese": (Siamese, (image, torch.randn(BATCH, 1, 28, 28))),
+        "detached gate": (DetachedTarget, (torch.randn(BATCH, 8),)),
         "partly frozen fine-tuning": (FineTuned, (image,)),
         "batch norms in evaluation mode": (FrozenNorms, (image,)),
         "partly under autocast": (PartlyAutocast, (torch.randn(BATCH, 16),)),

@@ -29,7 +29,7 @@ from stn_fx.compiler.opaque_leaves import one_more, opaque_leaf
 from stn_fx.compiler.preconditions import require_output
 from stn_fx.compiler.recurrent_markers import PACKED_REMEDY, packs_sequences, recurrent_markers
 from stn_fx.compiler.recurrent_networks import expand_recurrent_networks
-from stn_fx.compiler.stand_ins import AllLayersRun, functions_stand_in, stand_in
+from stn_fx.compiler.stand_ins import AllLayersRun, EvenChunks, functions_stand_in, stand_in
 from stn_fx.errors import CaptureError, InputError
 from stn_fx.rules.as_found import buffers_as_found, left_as_found
 from stn_fx.rules.opaque import OpaqueLeaf
@@ -156,7 +156,7 @@ def _export(
     notes: list[str],
 ) -> torch.export.ExportedProgram:
     def export() -> torch.export.ExportedProgram:
-        with _quietly(), _named_keywords(model, kwargs):
+        with _quietly(), _named_keywords(model, kwargs), _one_batch_size(model, args, kwargs, batch_axes):
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
     shapes = torch.export.ShapesCollection()
@@ -238,6 +238,27 @@ def _named_keywords(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[None]:
             model.forward = original
         else:
             del model.forward
+
+
+@contextlib.contextmanager
+def _one_batch_size(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch_axes: list[int | None]
+) -> Iterator[None]:
+    """Tell torch.export at the start that all inputs have the same batch size: it gives each a symbol of its own."""
+    own, named = pytree.tree_unflatten(batch_axes, pytree.tree_structure((args, kwargs)))
+
+    def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = [(args, own), *((kwargs[name], named[name]) for name in kwargs)]
+        pairs = [pair for each in given for pair in zip(*map(pytree.tree_leaves, each), strict=True)]
+        first, *others = [value.shape[axis] for value, axis in pairs if axis is not None]
+        for size in others:
+            torch._check(size == first)
+
+    handle = model.register_forward_pre_hook(check, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextlib.contextmanager
@@ -405,7 +426,7 @@ def _markers(model: nn.Module, leaves: dict[str, OpaqueLeaf]) -> Iterator[None]:
                 patched.append(module)
         for leaf in leaves.values():
             leaf.module.__dict__["_call_impl"] = leaf.marked  # hooks too belong to what runs as itself
-        with functions_stand_in():
+        with functions_stand_in(), EvenChunks():
             yield
     finally:
         for module in patched:

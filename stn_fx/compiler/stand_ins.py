@@ -81,6 +81,29 @@ def functions_stand_in() -> Iterator[None]:
         torch.autograd.Function.apply = apply  # type: ignore[method-assign]
 
 
+class EvenChunks(TorchFunctionMode):
+    """``chunk`` of a symbolic size that is a multiple of the number of parts gives that many equal parts.
+
+    torch rounds sizes up there, and asks whether the last part is smaller: that would fix the batch size where two
+    batches are concatenated, encoded at once and taken apart again, as siamese networks do.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.chunk, Tensor.chunk):
+            return _chunked(func, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _chunked(func: Callable[..., Any], input: Tensor, chunks: int, dim: int = 0) -> tuple[Tensor, ...]:
+    size = input.shape[dim]
+    if isinstance(size, torch.SymInt) and chunks > 0 and (size.node.expr % chunks).is_zero:
+        part = size // chunks
+        return tuple(input.narrow(dim, index * part, part) for index in range(chunks))
+    return func(input, chunks, dim)
+
+
 class AllLayersRun(TorchFunctionMode):
     """Single random numbers are 1 while this is open, so that a forward can branch on them: layer drop skips nothing.
 

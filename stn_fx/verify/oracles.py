@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stn_fx.rules.as_found import buffers_as_found
+from stn_fx.verify.held import Held
 from stn_fx.verify.judge import Changes, Judge, floating
 from stn_fx.verify.own_rates import own_rates_off
 from stn_fx.verify.subject import Inputs, rows_of
@@ -211,11 +212,20 @@ def response_gradients(trial: Trial) -> Found:
 
 
 def hypergradients(trial: Trial) -> Found:
-    """Gradient of a loss of the response pass in the live raw values, against central differences, one by one."""
+    """Gradient of a loss of the response pass in the live raw values, against central differences, one by one.
+
+    What the user's forward detaches is held as it is at the centre: no gradient is to flow through it.
+    """
     stn = trial.stn
     stn.eval()
     centre = stn.hparams.raw.detach().clone()
-    (gradient,) = torch.autograd.grad(weighted_sum(floating(trial.call(stn.respond))), stn.hparams.raw)
+    held = Held()
+    with held:
+        (gradient,) = torch.autograd.grad(weighted_sum(floating(trial.call(stn.respond))), stn.hparams.raw)
+
+    def loss(raw: Tensor) -> Tensor:
+        with held:
+            return weighted_sum(floating(trial.call(stn.respond, raw=raw.expand(trial.batch, -1))))
 
     def error(step: float) -> float:
         differences = torch.zeros_like(gradient)
@@ -225,7 +235,7 @@ def hypergradients(trial: Trial) -> Found:
                 for sign in (1, -1):
                     raw = centre.clone()
                     raw[h] += sign * step
-                    ends.append(weighted_sum(floating(trial.call(stn.respond, raw=raw.expand(trial.batch, -1)))))
+                    ends.append(loss(raw))
                 differences[h] = (ends[0] - ends[1]) / (2 * step)
         return relative_error([gradient], [differences])
 
