@@ -22,7 +22,7 @@ from stn_fx.model_reference import input_channels, load_model
 
 from .options import OptimizerName, ScheduleName, parse_arguments, parse_device, parse_response
 from .progress import LiveProgress
-from .tables import comparison_table, write_comparison
+from .tables import comparison_table, verdict_lines, write_comparison
 from .tune_options import TuneOptions
 
 SMALL_PIXELS = 16
@@ -187,6 +187,8 @@ def tune(
     runs = {"tuned": tuned} | ({} if fixed is None else {"fixed": fixed})
     console.print(comparison_table(runs, options.epochs))
     write_comparison(folder.path / "comparison.csv", runs)
+    for line in verdict_lines(tuned.result):
+        console.print(line, markup=False, highlight=False)
     best = tuned.result.best
     if best is not None and best.outer_step == 0 < tuned.result.history[-1].outer_step:
         console.print(

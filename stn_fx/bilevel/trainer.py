@@ -23,6 +23,8 @@ from stn_fx.bilevel.objective import Loss, Objective
 from stn_fx.bilevel.reader import BatchReader
 from stn_fx.bilevel.records import EpochRecord, FitResult, SchedulePoint
 from stn_fx.bilevel.steps import DeltaSTN, DeltaSTNOptions
+from stn_fx.bilevel.trust import Trust
+from stn_fx.bilevel.trust_measurement import measure
 from stn_fx.errors import DivergedError, InputError
 
 if TYPE_CHECKING:
@@ -88,6 +90,7 @@ class BilevelTrainer:
         valid_steps: int = 1,
         callbacks: Sequence[Callback] = (),
         resume_from: str | Path | None = None,
+        measure_trust: bool = True,
     ) -> FitResult:
         """Train for a number of epochs.
 
@@ -100,6 +103,8 @@ class BilevelTrainer:
             callbacks: called in this order at every event.
             resume_from: a checkpoint that the callback `Checkpoint` wrote, or its folder for the latest one; everything
                 else as in the run that wrote it.
+            measure_trust: whether to measure at the end of every epoch how far each hyperparameter can be trusted, see
+                `stn_fx.bilevel.trust`. It takes about as long as two updates and does not touch the run.
 
         Returns:
             The result.
@@ -123,7 +128,7 @@ class BilevelTrainer:
             raise InputError(
                 f"warmup_epochs={warmup_epochs} leaves none of {epochs} epochs for tuning. Lower it, or train longer."
             )
-        return _Fit(self, epochs, warmup_epochs, train_steps, valid_steps, callbacks).run(resume_from)
+        return _Fit(self, epochs, warmup_epochs, train_steps, valid_steps, callbacks, measure_trust).run(resume_from)
 
     def evaluate(self, loader: Iterable[Any]) -> Evaluation:
         """Mean loss and accuracy of the model as it stands, in evaluation mode."""
@@ -141,8 +146,10 @@ class _Fit:
         train_steps: int,
         valid_steps: int,
         callbacks: Sequence[Callback],
+        measure_trust: bool,
     ) -> None:
         self.trainer = trainer
+        self.measure_trust = measure_trust and trainer.algorithm.tunes
         self.algorithm = trainer.algorithm
         self.epochs = epochs
         self.warmup_epochs = warmup_epochs
@@ -244,6 +251,7 @@ class _Fit:
                 valid_accuracy=valid.accuracy,
                 seconds=self._seconds(),
                 skipped=self.skipped,
+                trust=self._trust(),
             )
         )
         for callback in self.callbacks:
@@ -251,6 +259,16 @@ class _Fit:
         self.epoch += 1
         self._begin_epoch()
         self._safe_point(interruption, epoch_ended=True)
+
+    def _trust(self) -> dict[str, Trust] | None:
+        if not self.measure_trust:
+            return None
+        before = self.generators.state()
+        try:
+            batches = (self.training_batches.kept, self.validation_batches.kept if self.outer else None)
+            return measure(self.algorithm, *batches, self.inner)
+        finally:
+            self.generators.restore(before)
 
     def _round_is_due(self) -> bool:
         return self.inner % (self.train_steps * self.algorithm.updates.accumulate) == 0
