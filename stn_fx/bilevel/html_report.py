@@ -11,6 +11,7 @@ from stn_fx.bilevel.trust import COLLAPSED, Trust
 from stn_fx.bilevel.verdict import verdicts
 
 NEAR_BOUND = 0.02
+LARGE_ERROR = 10
 
 EXPLANATION = (
     "Response error, of the last epoch: how far the change of the training loss that the learned response promises is "
@@ -98,7 +99,7 @@ def _verdict_table(run: RecordedRun) -> list[str]:
         numbers = last.get(each.name, Trust())
         rows.append(
             [each.name, "yes" if each.trusted else "not yet", each.words]
-            + [_number(number) for number in (numbers.response_error, numbers.hypergradient_signal)]
+            + [_error(numbers.response_error), _number(numbers.hypergradient_signal)]
         )
     return [
         _table(["name", "trust it?", "why", "response error", "hypergradient signal to noise"], rows),
@@ -140,6 +141,11 @@ def _table(heads: list[str], rows: list[list[str]]) -> str:
 
 def _number(value: Any) -> str:
     return "-" if value is None else f"{value:.4g}"
+
+
+def _error(value: float | None) -> str:
+    """A response error; far above 1 it is a ratio to a promise of nearly nothing, whose size says no more."""
+    return f"over {LARGE_ERROR:g}" if value is not None and value > LARGE_ERROR else _number(value)
 
 
 def _text(value: str) -> str:

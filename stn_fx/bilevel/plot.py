@@ -97,15 +97,19 @@ def _draw_response_errors(panel: "Axes", result: FitResult, colours: dict[str, A
     """How wrong the responses are; the line at 1 is no better than no response, see `stn_fx.bilevel.trust`."""
     for name, colour in colours.items():
         trust = [(record.epoch, (record.trust or {}).get(name, Trust())) for record in result.history]
-        # A promise that is lost in noise makes the error a ratio of noises: it is not drawn above the axis.
-        errors = [(epoch, each.response_error) for epoch, each in trust if each.response_error is not None]
+        known = [(epoch, each.response_error) for epoch, each in trust if each.response_error is not None]
+        errors = [(epoch, min(error, MAX_RESPONSE_ERROR)) for epoch, error in known]
         if errors:
             panel.plot(*zip(*errors, strict=True), color=colour, marker=".", markersize=4)
     panel.axhline(1, color="0.4", linewidth=0.8, linestyle=":")
-    panel.set_ylim(0, MAX_RESPONSE_ERROR)
+    panel.set_ylim(0, 1.04 * MAX_RESPONSE_ERROR)
     panel.set_ylabel("response error")
     panel.annotate(
-        "0 exact, 1 no better\nthan no response", (1.01, 0.96), xycoords="axes fraction", fontsize=7, va="top"
+        "0 exact, 1 no better\nthan none, at the\ntop: 2 and more",
+        (1.01, 0.96),
+        xycoords="axes fraction",
+        fontsize=7,
+        va="top",
     )
 
 

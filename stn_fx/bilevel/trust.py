@@ -60,6 +60,11 @@ class Trust:
         return ratio(self.promised, self.promised_error)
 
     @property
+    def delivery_signal(self) -> float | None:
+        """The delivery in standard errors; negative where the response does more harm than good."""
+        return ratio(self.delivered, self.delivered_error)
+
+    @property
     def hypergradient_signal(self) -> float | None:
         """Signal to noise of the hypergradient of one validation batch: |mean| / standard error."""
         signal = ratio(self.hypergradient, self.hypergradient_error)

@@ -65,6 +65,11 @@ def _against(end: Trust, last: list[Trust], tuned: list[Trust], scale: float) ->
         )
     if end.response_error is None:
         return "Its response could not be measured (no examples along the first axis of the output, or too few)."
+    if (end.delivery_signal or 0) <= -SEEN:
+        return (
+            "Its response is worse than none: at fresh perturbations it raises the training loss, so it is mostly "
+            "noise or too long. Lower the rate of the response, or use larger batches."
+        )
     if (end.response_signal or 0) <= -SEEN:
         return "Its response points uphill: it would raise the loss that it is to lower. Lower the response's rate."
     if (end.response_signal or 0) < SEEN:
