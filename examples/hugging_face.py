@@ -1,4 +1,4 @@
-"""A transformers model with its own collator, dict batches, and its own loss. Run: python examples/hugging_face.py
+"""A transformers model with its own collator, dict batches, and its own loss: `python examples/hugging_face.py`.
 
 Needs the package transformers; weights and texts are random, so that nothing is downloaded.
 """

@@ -1,4 +1,4 @@
-"""A training loop of one's own: the steps without the trainer. Run: python examples/own_loop.py"""
+"""A training loop of one's own: the steps without the trainer: `python examples/own_loop.py`."""
 
 from itertools import cycle
 

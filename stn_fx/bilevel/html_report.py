@@ -97,10 +97,8 @@ def _verdict_table(run: RecordedRun) -> list[str]:
     rows = []
     for each in found:
         numbers = last.get(each.name, Trust())
-        rows.append(
-            [each.name, "yes" if each.trusted else "not yet", each.words]
-            + [_error(numbers.response_error), _number(numbers.hypergradient_signal)]
-        )
+        measured = [_error(numbers.response_error), _number(numbers.hypergradient_signal)]
+        rows.append([each.name, "yes" if each.trusted else "not yet", each.words, *measured])
     return [
         _table(["name", "trust it?", "why", "response error", "hypergradient signal to noise"], rows),
         f"<p>{_text(EXPLANATION)}</p>",
