@@ -1,5 +1,10 @@
 """The examples of integration run as they stand, at a tiny size. Those of other packages are skipped without them."""
 
+import ast
+import json
+import os
+import subprocess
+import sys
 import warnings
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -33,6 +38,26 @@ def test_hugging_face():
     values = example("hugging_face").main(epochs=2, count=200)
     assert set(values) == {"dropout", "weight_decay"}
     assert values["dropout"] != pytest.approx(0.1, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_torchrun(tmp_path):
+    """As the README says it: every process ends with the same values, and the first one writes the folder."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, str(EXAMPLES / "torchrun.py"), str(tmp_path)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = [ast.literal_eval(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(told) == 2
+    assert told[0] == told[1] == json.loads((tmp_path / "values.json").read_text())["values"]
+
+
+def test_the_example_for_torchrun_runs_alone(tmp_path):
+    assert set(example("torchrun").main(str(tmp_path), epochs=2, examples=240)) == {"dropout.2", "weight_decay"}
 
 
 @pytest.fixture

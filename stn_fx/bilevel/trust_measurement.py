@@ -47,7 +47,8 @@ def measure(algorithm: Algorithm, training: Any, validation: Any, step: int) -> 
         step: inner steps done, so that perturbations are fresh and a resumed run draws the same.
     """
     stn = algorithm.stn
-    seed = (stn.generator().initial_seed() + MEASUREMENT + PER_STEP * step) % 2**63
+    # The generator of the perturbations has the same seed in every process, that of the masks has not.
+    seed = (algorithm.perturbations.initial_seed() + MEASUREMENT + PER_STEP * step) % 2**63
     response = {} if training is None else _response(algorithm, training, seed)
     gradients = {} if validation is None else _hypergradients(algorithm, validation, seed)
     bounds, scales = _bounds(stn), stn.hparams.scales().tolist()
