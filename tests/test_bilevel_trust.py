@@ -44,7 +44,7 @@ def excess(stn, M):
     return total
 
 
-def measured(stn, M, copies=64):
+def measured(stn, M, copies=512):
     response = stn.responses()["weight"]
     with torch.no_grad():
         response.V.fill_(1.0)

@@ -75,7 +75,7 @@ class TunedLightningModule(LightningModule):
     def on_train_start(self) -> None:
         # Steps of the weights go through Lightning's wrapper, which counts them: checkpoints go by that number.
         base = self.steps.optimizers["base"]
-        wrappers = self.optimizers()
+        wrappers: Any = self.optimizers()
         self.steps.updaters["base"].optimizers = [each for each in wrappers if each.optimizer is base]
 
     def training_step(self, batch: Any, batch_index: int) -> None:

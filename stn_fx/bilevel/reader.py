@@ -9,7 +9,6 @@ as many batches, without training on them.
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from stn_fx.bilevel.batch import leading_size
 from stn_fx.bilevel.generators import Generators, State
 from stn_fx.errors import CheckpointError, InputError
 
@@ -21,10 +20,6 @@ class BatchReader:
         loader: iterable many times.
         name: of the loader, for errors.
         generators: whatever the order of a pass may be drawn from.
-
-    Attributes:
-        kept: the latest of the largest batches of the current pass (the last of a pass is often smaller); None before
-            the first. It is there again after `restore`.
     """
 
     def __init__(self, loader: Iterable[Any], name: str, generators: Generators) -> None:
@@ -35,7 +30,6 @@ class BatchReader:
         self.passes = 0
         self._began: State | None = None
         self._iterator: Iterator[Any] | None = None
-        self.kept: Any = None
 
     def rest_of_pass(self) -> Iterator[Any]:
         """The batches that are left of the current pass, or those of a new one where none is under way."""
@@ -44,7 +38,6 @@ class BatchReader:
         assert self._iterator is not None
         for content in self._iterator:
             self.taken += 1
-            self._keep(content)
             yield content
         self._iterator = None
         self._began = None
@@ -79,23 +72,16 @@ class BatchReader:
         self._begin(state["began"])
         assert self._iterator is not None
         for position in range(state["taken"]):
-            content = next(self._iterator, self)
-            if content is self:
+            if next(self._iterator, self) is self:
                 raise CheckpointError(
                     f"The checkpoint was made after {state['taken']} batches of a pass over the {self.name} loader, "
                     f"which now ends after {position}. Resume with the same data and batch size."
                 )
-            self._keep(content)
         self.taken = state["taken"]
-
-    def _keep(self, content: Any) -> None:
-        if self.kept is None or (leading_size(content) or 0) >= (leading_size(self.kept) or 0):
-            self.kept = content
 
     def _begin(self, began: State) -> None:
         self._began = began
         self.taken = 0
-        self.kept = None
         sampler: Any = getattr(self.loader, "sampler", None)
         if sampler is not None and hasattr(
             sampler, "set_epoch"

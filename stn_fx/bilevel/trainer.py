@@ -24,7 +24,7 @@ from stn_fx.bilevel.reader import BatchReader
 from stn_fx.bilevel.records import EpochRecord, FitResult, SchedulePoint
 from stn_fx.bilevel.steps import DeltaSTN, DeltaSTNOptions
 from stn_fx.bilevel.trust import Trust
-from stn_fx.bilevel.trust_measurement import measure
+from stn_fx.bilevel.trust_measurement import Measured, measure_hypergradients, measure_response, trust_of
 from stn_fx.errors import DivergedError, InputError
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class BilevelTrainer:
             callbacks: called in this order at every event.
             resume_from: a checkpoint that the callback `Checkpoint` wrote, or its folder for the latest one; everything
                 else as in the run that wrote it.
-            measure_trust: whether to measure at the end of every epoch how far each hyperparameter can be trusted, see
+            measure_trust: whether to measure once in every epoch how far each hyperparameter can be trusted, see
                 `stn_fx.bilevel.trust`. It takes about as long as two updates and does not touch the run.
 
         Returns:
@@ -146,7 +146,7 @@ class _Fit:
         train_steps: int,
         valid_steps: int,
         callbacks: Sequence[Callback],
-        measure_trust: bool,
+        measure_trust: bool = True,
     ) -> None:
         self.trainer = trainer
         self.measure_trust = measure_trust and trainer.algorithm.tunes
@@ -172,6 +172,7 @@ class _Fit:
         self.losses: list[float] = []
         self.response_losses: list[float] = []
         self.skipped = 0
+        self.trust: dict[str, Measured] = {}
         self.seconds_before = 0.0
         self.began = time.perf_counter()
 
@@ -226,6 +227,8 @@ class _Fit:
     def _epoch(self, interruption: Interruption) -> None:
         self.began = time.perf_counter()
         for content in self.training_batches.rest_of_pass():
+            if self._response_is_due():
+                self._measure("response", measure_response, content)
             record = self._diagnosed(self.algorithm.inner_step, content)
             self.inner += 1
             self.losses.append(record.loss)
@@ -260,22 +263,34 @@ class _Fit:
         self._begin_epoch()
         self._safe_point(interruption, epoch_ended=True)
 
+    def _response_is_due(self) -> bool:
+        """Once in an epoch, as late as is known: at the last batch but one, because the last is often smaller."""
+        loader = self.trainer.train
+        return self.training_batches.taken == (max(1, len(loader) - 1) if isinstance(loader, Sized) else 1)
+
+    def _measure(self, what: str, how: Callable[[Algorithm, Any, int], Measured], content: Any) -> None:
+        """Trust is measured when a batch is at hand, so that a resumed run, which cannot read it again, has it too."""
+        if not self.measure_trust or what in self.trust:
+            return
+        before = self.generators.state()
+        try:
+            self.trust[what] = how(self.algorithm, content, self.inner)
+        finally:
+            self.generators.restore(before)
+
     def _trust(self) -> dict[str, Trust] | None:
         if not self.measure_trust:
             return None
-        before = self.generators.state()
-        try:
-            batches = (self.training_batches.kept, self.validation_batches.kept if self.outer else None)
-            return measure(self.algorithm, *batches, self.inner)
-        finally:
-            self.generators.restore(before)
+        return trust_of(self.trainer.stn, self.trust.get("response", {}), self.trust.get("hypergradients", {}))
 
     def _round_is_due(self) -> bool:
         return self.inner % (self.train_steps * self.algorithm.updates.accumulate) == 0
 
     def _outer_round(self) -> None:
         for _ in range(self.valid_steps):
-            record = self._diagnosed(self.algorithm.outer_step, next(self._endless_validation))
+            content = next(self._endless_validation)
+            self._measure("hypergradients", measure_hypergradients, content)
+            record = self._diagnosed(self.algorithm.outer_step, content)
             self.skipped += len(record.skipped)
             self.outer += 1
             self._record_schedule(self.epoch)
@@ -355,6 +370,7 @@ class _Fit:
             "losses": self.losses,
             "response_losses": self.response_losses,
             "skipped": self.skipped,
+            "trust": self.trust,
             "seconds": self._seconds(),
             "result": self.result.to_json(),
             "stn": persistent,
@@ -384,6 +400,7 @@ class _Fit:
         self.epoch, self.inner, self.outer = state["epoch"], state["inner"], state["outer"]
         self.losses, self.response_losses = state["losses"], state["response_losses"]
         self.skipped, self.seconds_before = state["skipped"], state["seconds"]
+        self.trust = state.get("trust", {})  # older checkpoints have none
         self.validation_batches.restore(state["valid"])
         self.training_batches.restore(state["train"])
         # Last: beginning the passes again has drawn from the generators.

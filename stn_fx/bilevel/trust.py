@@ -23,7 +23,9 @@ COLLAPSED = 0.05
 
 @dataclass(frozen=True)
 class Trust:
-    """One hyperparameter at the end of an epoch. Numbers that could not be measured are None.
+    """One hyperparameter in an epoch. Numbers that could not be measured are None.
+
+    The response is measured at the last training batch but one, the hypergradient at the first outer step.
 
     Attributes:
         promised: decrease of the linearized training loss that the response promises, mean over examples.

@@ -1,4 +1,4 @@
-"""Measures `Trust` at the end of an epoch: two linearized passes without a backward, and one response pass.
+"""Measures `Trust` once in an epoch: two linearized passes without a backward, and one response pass.
 
 The run itself does not notice: perturbations and masks come from generators that are made here from the seed and the
 number of steps, nothing is written to any `.grad`, and the caller puts the global generators back.
@@ -37,6 +37,10 @@ NEAR_LOWER = 0.01
 """Share of the initial distance from the lower bound, near which values live on a logarithmic scale."""
 
 
+Measured = dict[str, dict[str, float | None]]
+"""Fields of `Trust` by name of hyperparameter; plain data, so that a run that is saved half way has them."""
+
+
 def measure(algorithm: Algorithm, training: Any, validation: Any, step: int) -> dict[str, Trust]:
     """Trust by name of hyperparameter.
 
@@ -46,11 +50,13 @@ def measure(algorithm: Algorithm, training: Any, validation: Any, step: int) -> 
         validation: a validation batch; None = hypergradients are not measured.
         step: inner steps done, so that perturbations are fresh and a resumed run draws the same.
     """
-    stn = algorithm.stn
-    # The generator of the perturbations has the same seed in every process, that of the masks has not.
-    seed = (algorithm.perturbations.initial_seed() + MEASUREMENT + PER_STEP * step) % 2**63
-    response = {} if training is None else _response(algorithm, training, seed)
-    gradients = {} if validation is None else _hypergradients(algorithm, validation, seed)
+    response = {} if training is None else measure_response(algorithm, training, step)
+    gradients = {} if validation is None else measure_hypergradients(algorithm, validation, step)
+    return trust_of(algorithm.stn, response, gradients)
+
+
+def trust_of(stn: "SelfTuningModule", response: Measured, gradients: Measured) -> dict[str, Trust]:
+    """What was measured, with the bounds and scales of this moment."""
     bounds, scales = _bounds(stn), stn.hparams.scales().tolist()
     return {
         name: Trust(
@@ -60,8 +66,10 @@ def measure(algorithm: Algorithm, training: Any, validation: Any, step: int) -> 
     }
 
 
-def _response(algorithm: Algorithm, content: Any, seed: int) -> dict[str, dict[str, float | None]]:
+def measure_response(algorithm: Algorithm, content: Any, step: int) -> Measured:
+    """What the response promises and delivers on a training batch; nothing where outputs have no axis of examples."""
     stn = algorithm.stn
+    seed = _seed(algorithm, step)
     batch = algorithm.prepare(content)
     rows, space = batch.rows, stn.hparams
     device = space.raw.device
@@ -146,11 +154,14 @@ def _along(primal: Any, tangent: Any, a_B: Tensor) -> Any:
     return primal + a_B.reshape(-1, *[1] * (primal.ndim - 1)).to(primal.dtype) * tangent
 
 
-def _hypergradients(algorithm: Algorithm, content: Any, seed: int) -> dict[str, dict[str, float | None]]:
-    """Per example: the response pass takes raw values of every example, so one backward tells all of them apart."""
+def measure_hypergradients(algorithm: Algorithm, content: Any, step: int) -> Measured:
+    """Mean and standard error of the hypergradient on a validation batch.
+
+    The response pass takes raw values of every example, so one backward gives the hypergradients of all of them.
+    """
     stn = algorithm.stn
     batch = algorithm.prepare(content)
-    generator = torch.Generator(stn.hparams.raw.device).manual_seed(seed)
+    generator = torch.Generator(stn.hparams.raw.device).manual_seed(_seed(algorithm, step))
     raw_BH = _sampled(algorithm, batch, generator).detach().requires_grad_()
     with algorithm.precision():
         output = batch.feed(stn.respond, raw=raw_BH)
@@ -161,6 +172,11 @@ def _hypergradients(algorithm: Algorithm, content: Any, seed: int) -> dict[str, 
         mean, error = _statistics(algorithm, each_B)
         result[name] = {"hypergradient": mean, "hypergradient_error": error}
     return result
+
+
+def _seed(algorithm: Algorithm, step: int) -> int:
+    """The same in every process: the generator of the perturbations has it in common, those of the masks differ."""
+    return (algorithm.perturbations.initial_seed() + MEASUREMENT + PER_STEP * step) % 2**63
 
 
 def _sampled(algorithm: "Algorithm | DeltaSTN", batch: Batch, generator: torch.Generator) -> Tensor:
