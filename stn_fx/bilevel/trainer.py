@@ -15,6 +15,7 @@ from stn_fx.bilevel.algorithm import Algorithm, device_of
 from stn_fx.bilevel.callbacks import Callback, SafePoint
 from stn_fx.bilevel.checkpoint_file import latest_checkpoint, read_checkpoint, require_same
 from stn_fx.bilevel.diagnosis import diagnose
+from stn_fx.bilevel.epoch_trust import EpochTrust
 from stn_fx.bilevel.evaluation import Evaluation, evaluate
 from stn_fx.bilevel.generators import Generators
 from stn_fx.bilevel.interruption import Interruption, Terminated
@@ -23,8 +24,6 @@ from stn_fx.bilevel.objective import Loss, Objective
 from stn_fx.bilevel.reader import BatchReader
 from stn_fx.bilevel.records import EpochRecord, FitResult, SchedulePoint
 from stn_fx.bilevel.steps import DeltaSTN, DeltaSTNOptions
-from stn_fx.bilevel.trust import Trust
-from stn_fx.bilevel.trust_measurement import Measured, measure_hypergradients, measure_response, trust_of
 from stn_fx.errors import DivergedError, InputError
 
 if TYPE_CHECKING:
@@ -149,7 +148,6 @@ class _Fit:
         measure_trust: bool = True,
     ) -> None:
         self.trainer = trainer
-        self.measure_trust = measure_trust and trainer.algorithm.tunes
         self.algorithm = trainer.algorithm
         self.epochs = epochs
         self.warmup_epochs = warmup_epochs
@@ -160,6 +158,7 @@ class _Fit:
         self.callbacks = [each for each in callbacks if first or not each.first_process_only]
         self.result = FitResult()
         self.generators = Generators(trainer.stn, {"train": trainer.train, "valid": trainer.valid})
+        self.trust = EpochTrust(trainer.algorithm, self.generators, trainer.train, measure_trust)
         self.training_batches = BatchReader(trainer.train, "training", self.generators)
         self.validation_batches = BatchReader(trainer.valid, "validation", self.generators)
         self._endless_validation = self.validation_batches.endless()
@@ -172,7 +171,6 @@ class _Fit:
         self.losses: list[float] = []
         self.response_losses: list[float] = []
         self.skipped = 0
-        self.trust: dict[str, Measured] = {}
         self.seconds_before = 0.0
         self.began = time.perf_counter()
 
@@ -227,8 +225,7 @@ class _Fit:
     def _epoch(self, interruption: Interruption) -> None:
         self.began = time.perf_counter()
         for content in self.training_batches.rest_of_pass():
-            if self._response_is_due():
-                self._measure("response", measure_response, content)
+            self.trust.before_inner_step(content, self.training_batches.taken, self.inner)
             record = self._diagnosed(self.algorithm.inner_step, content)
             self.inner += 1
             self.losses.append(record.loss)
@@ -254,7 +251,7 @@ class _Fit:
                 valid_accuracy=valid.accuracy,
                 seconds=self._seconds(),
                 skipped=self.skipped,
-                trust=self._trust(),
+                trust=self.trust.end_epoch(),
             )
         )
         for callback in self.callbacks:
@@ -263,33 +260,13 @@ class _Fit:
         self._begin_epoch()
         self._safe_point(interruption, epoch_ended=True)
 
-    def _response_is_due(self) -> bool:
-        """Once in an epoch, as late as is known: at the last batch but one, because the last is often smaller."""
-        loader = self.trainer.train
-        return self.training_batches.taken == (max(1, len(loader) - 1) if isinstance(loader, Sized) else 1)
-
-    def _measure(self, what: str, how: Callable[[Algorithm, Any, int], Measured], content: Any) -> None:
-        """Trust is measured when a batch is at hand, so that a resumed run, which cannot read it again, has it too."""
-        if not self.measure_trust or what in self.trust:
-            return
-        before = self.generators.state()
-        try:
-            self.trust[what] = how(self.algorithm, content, self.inner)
-        finally:
-            self.generators.restore(before)
-
-    def _trust(self) -> dict[str, Trust] | None:
-        if not self.measure_trust:
-            return None
-        return trust_of(self.trainer.stn, self.trust.get("response", {}), self.trust.get("hypergradients", {}))
-
     def _round_is_due(self) -> bool:
         return self.inner % (self.train_steps * self.algorithm.updates.accumulate) == 0
 
     def _outer_round(self) -> None:
         for _ in range(self.valid_steps):
             content = next(self._endless_validation)
-            self._measure("hypergradients", measure_hypergradients, content)
+            self.trust.before_outer_step(content, self.inner)
             record = self._diagnosed(self.algorithm.outer_step, content)
             self.skipped += len(record.skipped)
             self.outer += 1
@@ -370,7 +347,7 @@ class _Fit:
             "losses": self.losses,
             "response_losses": self.response_losses,
             "skipped": self.skipped,
-            "trust": self.trust,
+            "trust": self.trust.found,
             "seconds": self._seconds(),
             "result": self.result.to_json(),
             "stn": persistent,
@@ -400,7 +377,7 @@ class _Fit:
         self.epoch, self.inner, self.outer = state["epoch"], state["inner"], state["outer"]
         self.losses, self.response_losses = state["losses"], state["response_losses"]
         self.skipped, self.seconds_before = state["skipped"], state["seconds"]
-        self.trust = state.get("trust", {})  # older checkpoints have none
+        self.trust.found = state.get("trust", {})  # older checkpoints have none
         self.validation_batches.restore(state["valid"])
         self.training_batches.restore(state["train"])
         # Last: beginning the passes again has drawn from the generators.
