@@ -10,6 +10,7 @@ import torch
 from torch.optim import SGD, Adam, Optimizer
 
 from stn_fx import ImageFormat, LowRank
+from stn_fx.bilevel.schedules import SchedulerFactory, cosine, linear, warmup_cosine
 from stn_fx.errors import InputError
 
 
@@ -24,12 +25,20 @@ class ScheduleName(StrEnum):
     """Values of --schedule."""
 
     COSINE = "cosine"
+    LINEAR = "linear"
+    WARMUP_COSINE = "warmup-cosine"
     CONSTANT = "constant"
 
 
 OPTIMIZERS: dict[OptimizerName, Callable[..., Optimizer]] = {
     OptimizerName.ADAM: Adam,
     OptimizerName.SGD: partial(SGD, momentum=0.9),
+}
+SCHEDULES: dict[ScheduleName, SchedulerFactory | None] = {
+    ScheduleName.COSINE: cosine,
+    ScheduleName.LINEAR: linear,
+    ScheduleName.WARMUP_COSINE: warmup_cosine,
+    ScheduleName.CONSTANT: None,
 }
 DEFAULT_LR = {OptimizerName.ADAM: 1e-3, OptimizerName.SGD: 1e-2}
 

@@ -13,8 +13,8 @@ from stn_fx.bilevel.replay import FollowSchedule
 
 from .progress import LiveProgress
 from .tables import replay_table, write_comparison
-from .tune import image_task
 from .tune_options import TuneOptions
+from .tune_task import image_task
 
 
 class Way(StrEnum):

@@ -9,6 +9,10 @@ from rich.table import Table
 
 from stn_fx.bilevel.atomic import write_atomically
 from stn_fx.bilevel.comparison import Run
+from stn_fx.bilevel.records import FitResult
+from stn_fx.bilevel.verdict import verdicts
+
+MAX_VERDICTS = 6
 
 
 def comparison_table(runs: Mapping[str, Run], epochs: int) -> Table:
@@ -20,6 +24,18 @@ def comparison_table(runs: Mapping[str, Run], epochs: int) -> Table:
 def replay_table(runs: Mapping[str, Run], epochs: int) -> Table:
     """Loss and accuracy of plain training along a schedule, by the way that it was followed."""
     return _table(runs, epochs, "trained from scratch by the base pass alone, nothing tuned")
+
+
+def verdict_lines(result: FitResult) -> list[str]:
+    """What the run says against its own values: a line for each, or how many there are where they are many."""
+    found = verdicts(result)
+    doubtful = [each for each in found if not each.trusted]
+    if not found:
+        return []
+    head = f"Trusted: {len(found) - len(doubtful)} of {len(found)} hyperparameters."
+    if len(doubtful) > MAX_VERDICTS:
+        return [f"{head} `stn-fx report` tells what speaks against the others."]
+    return [head, *(f"  {each.name}: {each.words}" for each in doubtful)]
 
 
 def write_comparison(path: Path, runs: Mapping[str, Run]) -> None:

@@ -3,30 +3,25 @@
 import json
 import re
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
-from torch import nn
 
-from stn_fx.bilevel import Checkpoint, RunFolder
+from stn_fx.bilevel import BilevelTrainer, Callback, Checkpoint, FitResult, RunFolder, TensorBoard, WeightAverage
 from stn_fx.bilevel.atomic import write_atomically
 from stn_fx.bilevel.checkpoint_file import checkpoints_in
-from stn_fx.bilevel.image_task import ImageTask
 from stn_fx.bilevel.steps import ENTROPY_WEIGHT
-from stn_fx.data import Splits, load_images, split_images
-from stn_fx.data.batches import Normalisation
 from stn_fx.errors import InputError
-from stn_fx.model_reference import input_channels, load_model
 
-from .options import OptimizerName, ScheduleName, parse_arguments, parse_device, parse_response
+from .options import OptimizerName, ScheduleName
 from .progress import LiveProgress
-from .tables import comparison_table, write_comparison
-from .tune_options import TuneOptions
-
-SMALL_PIXELS = 16
-ENLARGED_PIXELS = 32
+from .tables import comparison_table, verdict_lines, write_comparison
+from .tune_options import FILE, TuneOptions
+from .tune_task import how_to_load, image_task
 
 TRAINING, TUNING, OUTPUT = "Training", "Tuning", "Output"
 
@@ -55,8 +50,30 @@ def tune(
         ),
     ] = None,
     schedule: Annotated[
-        ScheduleName, typer.Option(rich_help_panel=TRAINING, help="Of the learning rates: cosine falls to 0.")
+        ScheduleName,
+        typer.Option(
+            rich_help_panel=TRAINING,
+            help="Of the learning rates: cosine and linear fall to 0, warmup-cosine rises for a tenth before it falls.",
+        ),
     ] = ScheduleName.COSINE,
+    accumulate: Annotated[
+        int, typer.Option(min=1, rich_help_panel=TRAINING, help="Batches whose gradients are averaged into one update.")
+    ] = 1,
+    clip_norm: Annotated[
+        float | None, typer.Option(rich_help_panel=TRAINING, help="Greatest norm of a gradient; else any.")
+    ] = None,
+    bf16: Annotated[
+        bool,
+        typer.Option("--bf16", rich_help_panel=TRAINING, help="Passes in bfloat16 where torch.autocast allows it."),
+    ] = False,
+    average: Annotated[
+        float | None,
+        typer.Option(
+            metavar="DECAY",
+            rich_help_panel=TRAINING,
+            help="Also keep a moving average of the weights, as 0.999, in model-average.pt.",
+        ),
+    ] = None,
     image_size: Annotated[
         int | None, typer.Option(min=1, rich_help_panel=TRAINING, help="Side in pixels that images are resized to.")
     ] = None,
@@ -111,6 +128,16 @@ def tune(
         int | None,
         typer.Option(min=1, rich_help_panel=OUTPUT, help="Save after so many updates too, not just every epoch."),
     ] = None,
+    keep: Annotated[
+        int, typer.Option(min=1, rich_help_panel=OUTPUT, help="How many of the last saved states stay.")
+    ] = 2,
+    tensorboard: Annotated[
+        bool,
+        typer.Option("--tensorboard", rich_help_panel=OUTPUT, help="Also write RUN/tensorboard; needs tensorboard."),
+    ] = False,
+    trust: Annotated[
+        bool, typer.Option(rich_help_panel=OUTPUT, help="Measure every epoch how far to trust each hyperparameter.")
+    ] = True,
     resume: Annotated[
         Path | None,
         typer.Option(metavar="RUN", rich_help_panel=OUTPUT, help="Take up an interrupted run, from its folder alone."),
@@ -153,40 +180,69 @@ def tune(
     console = Console()
     if resume is not None:
         _require_nothing_beside_resume(context)
-        options, folder = TuneOptions.read(resume), RunFolder(resume, overwrite=True)
+        options, place, overwrite = TuneOptions.read(resume), resume, True
     else:
         if model is None:
             raise InputError("Name a MODEL to tune, as torchvision:resnet18, or give --resume RUN.")
-        options = TuneOptions.of(context.params)
-        folder = RunFolder(out or _default_folder(model, data), overwrite)
-        options.write(folder.path)
+        options, place = TuneOptions.of(context.params), out or _default_folder(model, data)
+    made = [each for each in (place, *place.parents) if not each.exists()]
+    try:
+        _run(console, options, RunFolder(place, overwrite), overwrite, resume is not None)
+    except KeyboardInterrupt:
+        if (place / FILE).exists():
+            console.print(f"To go on: stn-fx tune --resume {place}", soft_wrap=True)
+        raise
+    finally:
+        for each in made:  # folders of a command that failed before its run began
+            if each.is_dir() and not any(each.iterdir()):
+                each.rmdir()
+
+
+class _Description(Callback):
+    """Writes what the run was asked for when it begins, so that a command that fails before leaves nothing."""
+
+    def __init__(self, folder: Path, options: TuneOptions, how: dict[str, Any]) -> None:
+        self.folder, self.options, self.how = folder, options, how
+
+    def fit_started(self, trainer: BilevelTrainer, epochs: int, result: FitResult) -> None:
+        self.options.write(self.folder)
+        text = json.dumps(self.how, indent=2)
+        write_atomically(self.folder / "model.json", lambda temporary: temporary.write_text(text))
+
+
+def _run(console: Console, options: TuneOptions, folder: RunFolder, overwrite: bool, resuming: bool) -> None:
+    averages = [] if options.average is None else [WeightAverage(options.average)]
     task, recipe = image_task(console, options), options.recipe()
-    how = json.dumps(_how_to_load(options, task.splits), indent=2)
-    write_atomically(folder.path / "model.json", lambda temporary: temporary.write_text(how))
     console.print(f"Run folder: {folder.path}")
 
     def saved(name: str) -> Checkpoint:
         place = folder.path / "checkpoints" / name
-        return Checkpoint(place, every_steps=options.save_every, overwrite=overwrite)
+        return Checkpoint(place, options.keep, every_steps=options.save_every, overwrite=overwrite)
 
     def place_to_resume(checkpoint: Checkpoint) -> Path | None:
-        return checkpoint.folder if resume is not None and checkpoints_in(checkpoint.folder) else None
+        return checkpoint.folder if resuming and checkpoints_in(checkpoint.folder) else None
 
-    try:
-        checkpoint = saved("tuned")
-        callbacks = [LiveProgress(console, "tuned"), folder, checkpoint]
-        tuned = task.tuned(recipe, options.seed, callbacks, place_to_resume(checkpoint))
-        fixed = None
-        if options.compare:
-            checkpoint = saved("fixed")
-            callbacks = [LiveProgress(console, "fixed"), checkpoint]
-            fixed = task.fixed(recipe, options.seed, callbacks, place_to_resume(checkpoint))
-    except KeyboardInterrupt:
-        console.print(f"To go on: stn-fx tune --resume {folder.path}", soft_wrap=True)
-        raise
+    def logged(name: str) -> list[Callback]:
+        return [TensorBoard(folder.path / "tensorboard" / name)] if options.tensorboard else []
+
+    checkpoint = saved("tuned")
+    description = _Description(folder.path, options, how_to_load(options, task.splits))
+    callbacks = [LiveProgress(console, "tuned"), description, folder, *averages, *logged("tuned"), checkpoint]
+    tuned = task.tuned(recipe, options.seed, callbacks, place_to_resume(checkpoint))
+    fixed = None
+    if options.compare:
+        checkpoint = saved("fixed")
+        callbacks = [LiveProgress(console, "fixed"), *logged("fixed"), checkpoint]
+        fixed = task.fixed(recipe, options.seed, callbacks, place_to_resume(checkpoint))
     runs = {"tuned": tuned} | ({} if fixed is None else {"fixed": fixed})
     console.print(comparison_table(runs, options.epochs))
     write_comparison(folder.path / "comparison.csv", runs)
+    for average in averages:
+        write_atomically(folder.path / "model-average.pt", partial(torch.save, average.model.state_dict()))
+        loss = average.evaluations[-1].loss
+        console.print(f"Averaged weights (model-average.pt): validation loss {loss:.4f} after the last epoch")
+    for line in verdict_lines(tuned.result):
+        console.print(line, markup=False, highlight=False)
     best = tuned.result.best
     if best is not None and best.outer_step == 0 < tuned.result.history[-1].outer_step:
         console.print(
@@ -194,35 +250,6 @@ def tune(
             f"the tuned values did not train. More epochs, a lower --lr or a shorter --warmup may help."
         )
     console.print(f"Values, schedule, picture and weights: {folder.path}")
-
-
-def image_task(console: Console, options: TuneOptions) -> ImageTask:
-    """The task that options describe; reads the data, and says what was done to them."""
-    place, structure = parse_device(options.device), parse_response(options.response)
-    arguments = parse_arguments(options.model_arg)
-    splits = _splits(console, options)
-    loaded = load_model(options.model, len(splits.classes), splits.train.channels, arguments)
-    splits = _with_channels(console, splits, input_channels(loaded.model))
-
-    def build() -> nn.Module:
-        return load_model(options.model, len(splits.classes), splits.train.channels, arguments).model
-
-    return ImageTask(build, splits, options.hparams, structure, options.batch_size, place)
-
-
-def _how_to_load(options: TuneOptions, splits: Splits) -> dict[str, Any]:
-    """What it takes to use model.pt: the model's arguments, and what was done to the images."""
-    image_format = Normalisation.of(splits.train).image_format
-    return {
-        "model": options.model,
-        "arguments": parse_arguments(options.model_arg),
-        "classes": list(splits.classes),
-        "channels": splits.train.channels,
-        "image_size": list(splits.train.size),
-        "pixels": "(value in [0, 1] - mean) / std, by channel",
-        "mean": image_format.mean,
-        "std": image_format.std,
-    }
 
 
 def _require_nothing_beside_resume(context: typer.Context) -> None:
@@ -237,33 +264,6 @@ def _require_nothing_beside_resume(context: typer.Context) -> None:
             f"--resume takes every option from the run folder, and beside it was given: {', '.join(given)}. Leave that "
             f"out, or begin a new run."
         )
-
-
-def _splits(console: Console, options: TuneOptions) -> Splits:
-    """Read and split the images; says what was read and what was done to it."""
-    side = options.image_size
-    source = load_images(options.data, side)
-    console.print(f"Data: {source.description}")
-    splits = split_images(
-        source.train, source.test, source.classes, options.valid_fraction, options.examples, options.split_seed
-    )
-    parts = (len(splits.train), len(splits.valid), len(splits.test))
-    console.print("Split: {:,} for training, {:,} for validation, {:,} for test".format(*parts))
-    if side is None and min(splits.train.size) < SMALL_PIXELS:
-        side = ENLARGED_PIXELS
-    if side is not None and splits.train.size != (side, side):
-        console.print(f"Images are resized to {side}x{side} pixels (--image-size chooses another size).")
-        splits = splits.resized(side)
-    return splits
-
-
-def _with_channels(console: Console, splits: Splits, channels: int | None) -> Splits:
-    """Bring the images to the channels that the model takes; says so where it changes them."""
-    if channels is None or channels == splits.train.channels:
-        return splits
-    how = "grey images are repeated" if splits.train.channels == 1 else "colours are averaged"
-    console.print(f"The model takes {channels} channels: {how}.")
-    return splits.with_channels(channels)
 
 
 def _default_folder(model: str, data: str) -> Path:

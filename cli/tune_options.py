@@ -2,19 +2,20 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.optim import RMSprop
 
+from stn_fx.bilevel.apply import UpdateOptions
 from stn_fx.bilevel.atomic import write_atomically
 from stn_fx.bilevel.comparison import Recipe
-from stn_fx.bilevel.schedules import cosine
 from stn_fx.errors import InputError
 
-from .options import DEFAULT_LR, OPTIMIZERS, OptimizerName, ScheduleName
+from .options import DEFAULT_LR, OPTIMIZERS, SCHEDULES, OptimizerName, ScheduleName
 
 FILE = "options.json"
 
@@ -47,11 +48,23 @@ class TuneOptions:
     entropy_weight: float
     save_every: int | None
     compare: bool
+    # Later additions: with what a run did before they were there, so that its folder is still read.
+    accumulate: int = 1
+    clip_norm: float | None = None
+    bf16: bool = False
+    average: float | None = None
+    keep: int = 2
+    tensorboard: bool = False
+    trust: bool = True
 
     @staticmethod
     def of(values: Mapping[str, Any]) -> "TuneOptions":
-        """From a mapping that has all of them, and maybe more."""
-        own = {field.name: values[field.name] for field in fields(TuneOptions)}
+        """From a mapping that has all of them without a default, and maybe more."""
+        own = {
+            field.name: values[field.name]
+            for field in fields(TuneOptions)
+            if field.name in values or field.default is MISSING
+        }
         converted = {
             "optimizer": OptimizerName(own["optimizer"]),
             "schedule": ScheduleName(own["schedule"]),
@@ -97,8 +110,14 @@ class TuneOptions:
                 "hyper_optimizer": partial(RMSprop, lr=self.hyper_lr),
                 "scale_optimizer": partial(RMSprop, lr=self.hyper_lr),
                 "entropy_weight": self.entropy_weight,
+                "updates": UpdateOptions(
+                    accumulate=self.accumulate,
+                    clip_norm=self.clip_norm,
+                    autocast=torch.bfloat16 if self.bf16 else None,
+                ),
             },
-            schedule=cosine if self.schedule is ScheduleName.COSINE else None,
+            schedule=SCHEDULES[self.schedule],
+            measure_trust=self.trust,
         )
 
 

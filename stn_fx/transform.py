@@ -64,6 +64,11 @@ def transform(
         raise InputError(f"transform needs a torch.nn.Module, got {type(model).__name__}.")
     if isinstance(model, SelfTuningModule):
         raise InputError("This module is already a SelfTuningModule. Pass the user's own model.")
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise InputError(
+            f"The model is in a {type(model).__name__}. Pass the model itself (its .module): under torchrun gradients "
+            f"are averaged over the processes in every update, without a wrapper."
+        )
     if response != "rowwise" and not isinstance(response, LowRank):
         raise InputError(f"response={response!r} is neither 'rowwise' nor LowRank(r).")
     if rules is not None and not isinstance(rules, Registry):

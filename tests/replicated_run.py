@@ -28,7 +28,9 @@ def main(folder, epochs=3):
     rank, processes = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(rank)  # the first process's weights count
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-    stn = stn_fx.transform(model, "weight_decay,label_smoothing", (torch.randn(4, 6).double(),), seed=3)
+    stn = stn_fx.transform(
+        model, "weight_decay,label_smoothing", (torch.randn(4, 6).double(),), seed=3 + rank
+    )  # so does its seed
     train, valid = (batches(seed, count, rank, processes) for seed, count in ((0, 37), (1, 16)))
     trainer = BilevelTrainer(stn, train=train, valid=valid)
     callbacks = [RunFolder(folder / "run", overwrite=True), Checkpoint(folder / "checkpoints")]
@@ -36,6 +38,9 @@ def main(folder, epochs=3):
     result = trainer.fit(epochs, warmup_epochs=1, train_steps=2, callbacks=callbacks, resume_from=resume)
     end = {"parameters": {name: p.detach() for name, p in stn.named_parameters()}, "values": result.values}
     losses = [[record.train_loss, record.response_loss, record.valid_loss] for record in result.history]
+    keys = ("promised", "promised_error", "delivered", "delivered_error", "hypergradient", "hypergradient_error")
+    trust = [[getattr(each, key) for key in keys] for each in result.history[-1].trust.values()]
+    end["trust"] = torch.tensor(trust, dtype=torch.float64)
     torch.save({**end, "losses": torch.tensor(losses)}, folder / f"end{rank}.pt")
     dist.destroy_process_group()
 

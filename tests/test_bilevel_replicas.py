@@ -8,7 +8,9 @@ import pytest
 import replicated_run
 import torch
 
+import stn_fx
 from stn_fx.bilevel.replicas import Replicas
+from stn_fx.errors import InputError
 
 
 def torchrun(folder, processes):
@@ -29,6 +31,7 @@ def test_two_processes_make_the_updates_of_one(tmp_path):
     for each in two:
         assert each["values"] == pytest.approx(one["values"], rel=1e-9)
         torch.testing.assert_close(each["losses"], one["losses"], rtol=1e-9, atol=0)
+        torch.testing.assert_close(each["trust"], one["trust"], rtol=1e-6, atol=1e-12)
         for name, expected in one["parameters"].items():
             torch.testing.assert_close(each["parameters"][name], expected, rtol=1e-9, atol=1e-12)
     assert (tmp_path / "two" / "run" / "values.json").exists()
@@ -37,8 +40,25 @@ def test_two_processes_make_the_updates_of_one(tmp_path):
     assert all(torch.equal(a["losses"], b["losses"]) for a, b in zip(again, two, strict=True))
 
 
+def test_a_wrapper_around_the_forward_is_refused():
+    model = torch.nn.Linear(3, 2)
+    with pytest.raises(InputError, match=r"its \.module"):
+        stn_fx.transform(torch.nn.DataParallel(model), "weight_decay", (torch.randn(4, 3),))
+    stn = stn_fx.transform(model, "weight_decay", (torch.randn(4, 3),))
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        with pytest.raises(InputError, match="averaged over the processes"):
+            stn_fx.DeltaSTN(torch.nn.parallel.DistributedDataParallel(stn))
+        with pytest.raises(InputError, match="DistributedDataParallel"):
+            stn_fx.transform(torch.nn.parallel.DistributedDataParallel(model), "weight_decay")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_one_process_is_alone():
     alone = Replicas()
+    assert alone.first(7) == 7
     rows = alone.rows(5, torch.device("cpu"))
     assert (rows.start, rows.stop, rows.total, rows.share) == (0, 5, 5, 1.0)
     assert alone.sums([1.0, 2.0], torch.device("cpu")) == [1.0, 2.0]

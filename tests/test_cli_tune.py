@@ -5,15 +5,19 @@ import re
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
 from stn_fx_cli.main import app
 from stn_fx_cli.options import parse_arguments, parse_device, parse_response
+from stn_fx_cli.tune_options import TuneOptions
 from typer.testing import CliRunner
 
 import stn_fx
+from stn_fx.bilevel import UpdateOptions
+from stn_fx.bilevel.schedules import linear
 from stn_fx.errors import InputError
 
 MODEL = """
@@ -95,6 +99,8 @@ def test_tune_on_a_data_root_of_ones_own(model, tmp_path):
         (["{model}", "--response", "lowrank"], "lowrank:RANK"),
         (["{model}", "--device", "abacus"], "abacus"),
         (["{model}", "--epochs", "2", "--warmup", "2"], "leaves none"),
+        (["{model}", "--clip-norm", "0"], "clip_norm=0"),
+        (["{model}", "--average", "1"], "decay=1"),
     ],
 )
 def test_what_does_not_fit_gives_one_message_and_exit_code_1(model, tmp_path, arguments, message):
@@ -106,13 +112,77 @@ def test_what_does_not_fit_gives_one_message_and_exit_code_1(model, tmp_path, ar
     assert result.stderr.startswith("Error: ")
     assert message in plain(result.stderr)
     assert "Traceback" not in result.output
+    assert not (tmp_path / "run").exists(), "a command that failed before its run began leaves no folder"
+
+
+def test_a_failed_command_leaves_an_older_run_as_it_was(model, tmp_path):
+    out = tmp_path / "run"
+    assert run(model, *QUICK, "--no-compare", "--out", out).exit_code == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert run(model, "--hparams", "dropot", *QUICK, "--overwrite", "--out", out).exit_code == 1
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_options_of_training_reach_the_trainer(model, tmp_path, monkeypatch):
+    seen = []
+
+    def ended(self, trainer, epoch, record):
+        self.inner += 1
+        seen.append((trainer.algorithm.updates, trainer.algorithm.optimizers["base"].param_groups[0]["lr"]))
+
+    monkeypatch.setattr("stn_fx_cli.progress.LiveProgress.inner_step_ended", ended)
+    out = tmp_path / "run"
+    result = run(model, *QUICK, "--accumulate", "2", "--clip-norm", "0.5", "--bf16", "--schedule", "warmup-cosine",
+                 "--average", "0.9", "--keep", "3", "--save-every", "1", "--no-trust", "--batch-size", "16",
+                 "--train-steps", "1", "--out", out)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert {each for each, _ in seen} == {UpdateOptions(accumulate=2, clip_norm=0.5, autocast=torch.bfloat16)}
+    rates = [rate for _, rate in seen[: len(seen) // 2]]  # of the tuned run
+    assert rates[0] < max(rates) == pytest.approx(1e-3)
+    assert rates[-1] < 0.1 * max(rates)
+    assert len(list((out / "checkpoints" / "tuned").glob("step-*.pt"))) == 3
+    assert "Averaged weights" in result.output
+    averaged, weights = (torch.load(out / name, weights_only=True) for name in ("model-average.pt", "model.pt"))
+    assert set(averaged) == set(weights)
+    assert not torch.equal(averaged["4.weight"], weights["4.weight"])
+    assert all(each["trust"] is None for each in json.loads((out / "history.json").read_text()))
+
+
+def test_linear_rates_fall_to_zero():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.5)
+    scheduler, rates = linear(optimizer, 4), []
+    for _ in range(4):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([0.5, 0.375, 0.25, 0.125])
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
+
+
+def test_tensorboard_says_what_is_missing_or_writes_a_log(model, tmp_path):
+    result = run(model, *QUICK, "--no-compare", "--tensorboard", "--out", tmp_path / "run")
+    if find_spec("tensorboard"):
+        assert result.exit_code == 0, result.output
+        assert list((tmp_path / "run" / "tensorboard" / "tuned").glob("events*"))
+    else:
+        assert "pip install tensorboard" in plain(result.stderr)
+        assert not (tmp_path / "run").exists()
+
+
+def test_options_of_an_older_run_are_read(model, tmp_path):
+    assert run(model, *QUICK, "--no-compare", "--out", tmp_path).exit_code == 0
+    kept = json.loads((tmp_path / "options.json").read_text())
+    for later in ("accumulate", "clip_norm", "bf16", "average", "keep", "tensorboard", "trust"):
+        del kept[later]
+    (tmp_path / "options.json").write_text(json.dumps(kept))
+    assert TuneOptions.read(tmp_path).recipe().options["updates"] == UpdateOptions()
 
 
 def test_a_bug_keeps_its_traceback(model, monkeypatch):
     def fail(*arguments):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("stn_fx_cli.tune.load_images", fail)
+    monkeypatch.setattr("stn_fx_cli.tune_task.load_images", fail)
     assert isinstance(run(model).exception, ZeroDivisionError)
 
 
@@ -138,7 +208,7 @@ def without_times(folder):
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_from_its_folder_alone_with_the_same_results(model, tmp_path):
-    arguments = [model, *QUICK, "--save-every", "2"]
+    arguments = [model, *QUICK, "--save-every", "2", "--schedule", "warmup-cosine", "--average", "0.9"]
     assert run(*arguments, "--out", tmp_path / "whole").exit_code == 0
     kill = f"""
 import os, signal
@@ -161,6 +231,8 @@ app(["tune", *{list(map(str, arguments))}, "--out", {str(tmp_path / "part")!r}])
     assert "start values" in result.output
     (files, weights), (expected, expected_weights) = map(without_times, (tmp_path / "part", tmp_path / "whole"))
     assert files == expected
+    averages = [torch.load(tmp_path / each / "model-average.pt", weights_only=True) for each in ("part", "whole")]
+    assert all(torch.equal(averages[0][name], value) for name, value in averages[1].items())
     assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)
 
 

@@ -22,6 +22,8 @@ from stn_fx.bilevel.steps import DeltaSTN, FixedHyperparameters
 from stn_fx.bilevel.stn import STN
 from stn_fx.bilevel.tensorboard import TensorBoard
 from stn_fx.bilevel.trainer import BilevelTrainer
+from stn_fx.bilevel.trust import Trust
+from stn_fx.bilevel.verdict import Verdict, verdicts
 from stn_fx.bilevel.weight_average import WeightAverage
 
 __all__ = [
@@ -53,10 +55,13 @@ __all__ = [
     "SchedulePoint",
     "TensorBoard",
     "Terminated",
+    "Trust",
     "UpdateOptions",
+    "Verdict",
     "WeightAverage",
     "WithoutLinearization",
     "cosine",
     "evaluate",
     "read_run",
+    "verdicts",
 ]

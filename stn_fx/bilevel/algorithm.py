@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from stn_fx.bilevel.apply import Outcome, UpdateOptions, Updater
@@ -15,7 +16,7 @@ from stn_fx.bilevel.batch import Batch, batch_size
 from stn_fx.bilevel.objective import Loss, Objective, as_objective
 from stn_fx.bilevel.optimizers import OptimizerChoice, Role, resolve_optimizer
 from stn_fx.bilevel.replicas import Replicas
-from stn_fx.errors import StnError
+from stn_fx.errors import InputError, StnError
 
 if TYPE_CHECKING:
     from stn_fx.transform import SelfTuningModule
@@ -77,8 +78,8 @@ class Algorithm(ABC):
         updates: accumulation, clipping, autocast, and what is done about losses that are not finite.
 
     Raises:
-        InputError: an optimizer does not fit its group. Known here where the model is captured already, else at the
-            first step.
+        InputError: the wrapped model is in a DistributedDataParallel; or an optimizer does not fit its group, which is
+            known here where the model is captured already, else at the first step.
 
     Attributes:
         tunes: whether outer steps move the hyperparameters.
@@ -101,6 +102,11 @@ class Algorithm(ABC):
         choices: Mapping[Role, OptimizerChoice],
         updates: UpdateOptions | None = None,
     ) -> None:
+        if isinstance(stn, DistributedDataParallel):
+            raise InputError(
+                "The wrapped model is in a DistributedDataParallel. Pass it as stn_fx.transform gave it: gradients are "
+                "averaged over the processes in every update, and this wrapper sees none of the three passes."
+            )
         self.stn = stn
         self.updates = updates or UpdateOptions()
         self.replicas = Replicas()
@@ -185,7 +191,7 @@ class Algorithm(ABC):
     def _begin_randomness(self) -> None:
         """Perturbations from a generator of their own, the same in every process; masks differ between processes."""
         masks = self.stn.generator()
-        seed = masks.initial_seed()
+        seed = self.replicas.first(masks.initial_seed())  # processes are often seeded by their rank
         self.perturbations = torch.Generator(masks.device).manual_seed((seed + PERTURBATIONS) % 2**63)
         own = seed + PER_RANK * self.replicas.rank
         if self.replicas.rank:

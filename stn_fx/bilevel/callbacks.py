@@ -96,5 +96,5 @@ class KeepBest(Callback):
         return {"record": self.record and asdict(self.record), "state": self._state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.record = state["record"] and EpochRecord(**state["record"])
+        self.record = state["record"] and EpochRecord.of(state["record"])
         self._state = state["state"]

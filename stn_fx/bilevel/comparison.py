@@ -31,9 +31,11 @@ class Recipe:
         warmup_epochs: see `BilevelTrainer.fit`; so are `train_steps` and `valid_steps`.
         train_steps: T_train.
         valid_steps: T_valid.
-        options: optimizers (factories, because each run has its own parameters) and entropy weight of `DeltaSTN`.
+        options: optimizers (factories, because each run has its own parameters), entropy weight and updates of
+            `DeltaSTN`.
         loss: of both.
         schedule: learning rates over the run, see `LearningRateSchedule`; None keeps them constant.
+        measure_trust: see `BilevelTrainer.fit`.
     """
 
     epochs: int
@@ -43,6 +45,7 @@ class Recipe:
     options: DeltaSTNOptions = field(default_factory=DeltaSTNOptions)
     loss: Loss | Objective = F.cross_entropy
     schedule: SchedulerFactory | None = None
+    measure_trust: bool = True
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,8 @@ def fixed_run(
     resume_from: Path | None = None,
 ) -> Run:
     """Train by the base pass alone at the initial hyperparameters; else as `tuned_run`."""
-    base_optimizer = recipe.options.get("base_optimizer")
-    algorithm = FixedHyperparameters(stn, recipe.loss, base_optimizer=base_optimizer)
+    base_optimizer, updates = recipe.options.get("base_optimizer"), recipe.options.get("updates")
+    algorithm = FixedHyperparameters(stn, recipe.loss, base_optimizer=base_optimizer, updates=updates)
     trainer = BilevelTrainer(stn, train=train, valid=valid, algorithm=algorithm)
     return _run(trainer, recipe, test, callbacks, resume_from)
 
@@ -109,6 +112,7 @@ def _run(
         valid_steps=recipe.valid_steps,
         callbacks=[keep, *schedules, *callbacks],
         resume_from=resume_from,
+        measure_trust=recipe.measure_trust,
     )
     keep.restore(trainer)
     seconds = sum(record.seconds for record in result.history)

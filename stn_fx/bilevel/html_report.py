@@ -7,9 +7,18 @@ from typing import Any
 
 from stn_fx.bilevel.plot import draw
 from stn_fx.bilevel.recorded_run import RecordedRun, require_history
+from stn_fx.bilevel.trust import COLLAPSED, Trust
+from stn_fx.bilevel.verdict import verdicts
 
 NEAR_BOUND = 0.02
-COLLAPSED = 0.05
+LARGE_ERROR = 10
+
+EXPLANATION = (
+    "Response error, of the last epoch: how far the change of the training loss that the learned response promises is "
+    "from the one it delivers at fresh perturbations; 0 is exact, 1 no better than no response, above 1 worse than "
+    "none. Signal to noise: the hypergradient of one validation batch in standard errors; near 0 is good for a value "
+    "that has settled, and bad for one that never moved. The verdict looks at the last third of the tuned epochs."
+)
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem;
@@ -40,6 +49,7 @@ def html_report(run: RecordedRun) -> str:
         f"{len(run.result.history)}.</p>",
         "<h2>How far to trust it</h2>",
         *(f'<p class="note">{_text(note)}</p>' for note in notes),
+        *_verdict_table(run),
         "<h2>Hyperparameters</h2>",
         _table(["name", "start", "now", "at the best epoch", "scale", "lowest", "highest"], _value_rows(run)),
         "<h2>Schedule</h2>",
@@ -79,6 +89,22 @@ def trust_notes(run: RecordedRun) -> list[str]:
     return notes
 
 
+def _verdict_table(run: RecordedRun) -> list[str]:
+    """A verdict for each hyperparameter, with the numbers of the last epoch; nothing for runs that measured none."""
+    found, last = verdicts(run.result), run.result.history[-1].trust or {}
+    if not found:
+        return []
+    rows = []
+    for each in found:
+        numbers = last.get(each.name, Trust())
+        measured = [_error(numbers.response_error), _number(numbers.hypergradient_signal)]
+        rows.append([each.name, "yes" if each.trusted else "not yet", each.words, *measured])
+    return [
+        _table(["name", "trust it?", "why", "response error", "hypergradient signal to noise"], rows),
+        f"<p>{_text(EXPLANATION)}</p>",
+    ]
+
+
 def _value_rows(run: RecordedRun) -> list[list[str]]:
     first, last = run.result.schedule[0], run.result.schedule[-1]
     at_best = (run.summary.get("best_epoch") or {}).get("values") or last.values
@@ -113,6 +139,11 @@ def _table(heads: list[str], rows: list[list[str]]) -> str:
 
 def _number(value: Any) -> str:
     return "-" if value is None else f"{value:.4g}"
+
+
+def _error(value: float | None) -> str:
+    """A response error; far above 1 it is a ratio to a promise of nearly nothing, whose size says no more."""
+    return f"over {LARGE_ERROR:g}" if value is not None and value > LARGE_ERROR else _number(value)
 
 
 def _text(value: str) -> str:

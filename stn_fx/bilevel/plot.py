@@ -1,9 +1,10 @@
-"""The picture of a run: losses, every family of hyperparameters on its own axis, and the scales."""
+"""The picture of a run: losses, every family of hyperparameters on its own axis, the scales, and the trust."""
 
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from stn_fx.bilevel.records import FitResult
+from stn_fx.bilevel.trust import Trust
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import, and only a finished run needs it
     from matplotlib.axes import Axes
@@ -12,6 +13,7 @@ if TYPE_CHECKING:  # matplotlib takes half a second to import, and only a finish
 PANEL_INCHES = 2.1
 MAX_LEGEND_ROWS = 11
 DISTINCT_COLOURS = 10
+MAX_RESPONSE_ERROR = 2.0
 # A value that starts within this fraction of its range above the lower bound lives on a logarithmic scale.
 NEAR_LOWER_BOUND = 0.02
 
@@ -26,15 +28,18 @@ def draw(result: FitResult, specs: list[dict[str, Any]]) -> "Figure":
     from matplotlib.figure import Figure
 
     families = [list(group) for _, group in groupby(specs, key=lambda spec: (spec["entry"], spec["component"]))]
-    panels = len(families) + 2
+    measured = any(record.trust for record in result.history)
+    panels = len(families) + 2 + measured
     figure = Figure(figsize=(9.5, PANEL_INCHES * panels + 0.6), dpi=130, layout="constrained")
     axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
     colours = _colours([spec["name"] for spec in specs])
 
     _draw_losses(axes[0], result)
-    for panel, family in zip(axes[1:-1], families, strict=True):
+    for panel, family in zip(axes[1:], families, strict=False):
         _draw_family(panel, result, family, colours)
-    _draw_scales(axes[-1], result, colours)
+    _draw_scales(axes[len(families) + 1], result, colours)
+    if measured:
+        _draw_response_errors(axes[-1], result, colours)
     axes[-1].set_xlabel("epoch")
     for panel in axes:
         panel.grid(alpha=0.25, linewidth=0.6)
@@ -86,6 +91,26 @@ def _draw_scales(panel: "Axes", result: FitResult, colours: dict[str, Any]) -> N
         panel.plot(epochs, [point.scales[name] for point in result.schedule], color=colour)
     panel.set_ylabel("scale (raw space)")
     panel.annotate("colours as above", (1.01, 0.96), xycoords="axes fraction", fontsize=7, va="top")
+
+
+def _draw_response_errors(panel: "Axes", result: FitResult, colours: dict[str, Any]) -> None:
+    """How wrong the responses are; the line at 1 is no better than no response, see `stn_fx.bilevel.trust`."""
+    for name, colour in colours.items():
+        trust = [(record.epoch, (record.trust or {}).get(name, Trust())) for record in result.history]
+        known = [(epoch, each.response_error) for epoch, each in trust if each.response_error is not None]
+        errors = [(epoch, min(error, MAX_RESPONSE_ERROR)) for epoch, error in known]
+        if errors:
+            panel.plot(*zip(*errors, strict=True), color=colour, marker=".", markersize=4)
+    panel.axhline(1, color="0.4", linewidth=0.8, linestyle=":")
+    panel.set_ylim(0, 1.04 * MAX_RESPONSE_ERROR)
+    panel.set_ylabel("response error")
+    panel.annotate(
+        "0 exact, 1 no better\nthan none, at the\ntop: 2 and more",
+        (1.01, 0.96),
+        xycoords="axes fraction",
+        fontsize=7,
+        va="top",
+    )
 
 
 def _epochs(result: FitResult) -> list[float]:

@@ -42,7 +42,7 @@ def read_run(folder: str | Path) -> RecordedRun:
         )
         result = FitResult(
             schedule=[SchedulePoint(**point) for point in schedule],
-            history=[EpochRecord(**record) for record in history],
+            history=[EpochRecord.of(record) for record in history],
             interrupted=summary["interrupted"],
             resumed_at=summary["resumed_at"],
         )

@@ -2,7 +2,11 @@
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from stn_fx.bilevel.trust import Trust, trust_from_json
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class EpochRecord:
             task is not a classification.
         seconds: wall time of training and evaluation in this epoch.
         skipped: updates that were not applied because loss or gradient was not finite.
+        trust: how far each hyperparameter can be trusted, by name; None where it was not measured.
     """
 
     epoch: int
@@ -51,6 +56,20 @@ class EpochRecord:
     valid_accuracy: float | None
     seconds: float
     skipped: int = 0
+    trust: dict[str, Trust] | None = None
+
+    @staticmethod
+    def of(content: Mapping[str, Any]) -> "EpochRecord":
+        """From what `dataclasses.asdict` gave, also that of a version without all of today's fields."""
+        return EpochRecord(**{**content, "trust": trust_from_json(content.get("trust"))})
+
+    def columns(self) -> dict[str, Any]:
+        """One row of `history.csv`: losses, then the numbers of every hyperparameter's trust."""
+        row = asdict(self)
+        del row["trust"]
+        for name, each in (self.trust or {}).items():
+            row |= each.columns(name)
+        return row
 
     @property
     def order(self) -> float:
@@ -98,5 +117,5 @@ class FitResult:
         """What `to_json` wrote."""
         content = json.loads(text)
         schedule = [SchedulePoint(**point) for point in content.pop("schedule")]
-        history = [EpochRecord(**record) for record in content.pop("history")]
+        history = [EpochRecord.of(record) for record in content.pop("history")]
         return FitResult(schedule=schedule, history=history, **content)

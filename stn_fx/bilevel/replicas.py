@@ -81,6 +81,14 @@ class Replicas:
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), 0)
 
+    def first(self, number: int) -> int:
+        """The number of the first process."""
+        if self.count == 1:
+            return number
+        everyone = [number] * self.count
+        dist.all_gather_object(everyone, number)
+        return everyone[0]
+
     def common(self, numbers: Iterable[int]) -> set[int]:
         """The numbers that every process has."""
         mine = set(numbers)

@@ -4,7 +4,7 @@
 |---|---|
 | `values.json` | tuned, initial and best-epoch values by name, scales, and the meaning of each (bounds, discrete) |
 | `schedule.json`, `schedule.csv` | every hyperparameter and its scale, after every outer step |
-| `history.json`, `history.csv` | losses of every epoch |
+| `history.json`, `history.csv` | losses of every epoch, and how far each hyperparameter can be trusted |
 | `schedule.png` | schedules and losses drawn |
 | `model.pt` | weights of the epoch with the lowest validation loss, under the model's own keys (`weights_only=True`) |
 """
@@ -74,10 +74,9 @@ class RunFolder(Callback):
     def _write_tables(self, trainer: "BilevelTrainer", result: FitResult) -> None:
         self._json("schedule.json", [asdict(point) for point in result.schedule])
         self._csv("schedule.csv", [flat(point) for point in result.schedule])
-        history = [asdict(record) for record in result.history]
-        self._json("history.json", history)
-        if history:
-            self._csv("history.csv", history)
+        self._json("history.json", [asdict(record) for record in result.history])
+        if result.history:
+            self._csv("history.csv", [record.columns() for record in result.history])
         # Last, because it marks the folder as one that holds a run.
         self._json(MARKER, summary(result, trainer.stn.hparams.specs()))
 
@@ -88,7 +87,8 @@ class RunFolder(Callback):
     def _csv(self, name: str, rows: list[dict[str, Any]]) -> None:
         def write(path: Path) -> None:
             with path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+                # An epoch may have columns that others lack: trust is not measured in every one.
+                writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
                 writer.writeheader()
                 writer.writerows(rows)
 

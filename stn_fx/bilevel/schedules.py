@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sized
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 from stn_fx.bilevel.algorithm import InnerRecord
 from stn_fx.bilevel.callbacks import Callback
@@ -15,12 +15,26 @@ from stn_fx.errors import InputError
 if TYPE_CHECKING:
     from stn_fx.bilevel.trainer import BilevelTrainer
 
+WARMUP_PART = 10
+
 SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
 
 
 def cosine(optimizer: Optimizer, steps: int) -> LRScheduler:
     """From the optimizer's learning rate to zero over `steps` updates along half a cosine (SGDR, 1608.03983)."""
     return CosineAnnealingLR(optimizer, steps)
+
+
+def linear(optimizer: Optimizer, steps: int) -> LRScheduler:
+    """From the optimizer's learning rate to zero over `steps` updates along a line."""
+    return LinearLR(optimizer, 1.0, 0.0, steps)
+
+
+def warmup_cosine(optimizer: Optimizer, steps: int) -> LRScheduler:
+    """Up along a line for the first tenth of `steps` updates, then down as `cosine`."""
+    rising = max(1, steps // WARMUP_PART)
+    parts = [LinearLR(optimizer, 1 / (rising + 1), 1.0, rising), cosine(optimizer, max(1, steps - rising))]
+    return SequentialLR(optimizer, parts, [rising])
 
 
 class LearningRateSchedule(Callback):

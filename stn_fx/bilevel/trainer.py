@@ -15,6 +15,7 @@ from stn_fx.bilevel.algorithm import Algorithm, device_of
 from stn_fx.bilevel.callbacks import Callback, SafePoint
 from stn_fx.bilevel.checkpoint_file import latest_checkpoint, read_checkpoint, require_same
 from stn_fx.bilevel.diagnosis import diagnose
+from stn_fx.bilevel.epoch_trust import EpochTrust
 from stn_fx.bilevel.evaluation import Evaluation, evaluate
 from stn_fx.bilevel.generators import Generators
 from stn_fx.bilevel.interruption import Interruption, Terminated
@@ -88,6 +89,7 @@ class BilevelTrainer:
         valid_steps: int = 1,
         callbacks: Sequence[Callback] = (),
         resume_from: str | Path | None = None,
+        measure_trust: bool = True,
     ) -> FitResult:
         """Train for a number of epochs.
 
@@ -100,6 +102,8 @@ class BilevelTrainer:
             callbacks: called in this order at every event.
             resume_from: a checkpoint that the callback `Checkpoint` wrote, or its folder for the latest one; everything
                 else as in the run that wrote it.
+            measure_trust: whether to measure once in every epoch how far each hyperparameter can be trusted, see
+                `stn_fx.bilevel.trust`. It takes about as long as two updates and does not touch the run.
 
         Returns:
             The result.
@@ -123,7 +127,7 @@ class BilevelTrainer:
             raise InputError(
                 f"warmup_epochs={warmup_epochs} leaves none of {epochs} epochs for tuning. Lower it, or train longer."
             )
-        return _Fit(self, epochs, warmup_epochs, train_steps, valid_steps, callbacks).run(resume_from)
+        return _Fit(self, epochs, warmup_epochs, train_steps, valid_steps, callbacks, measure_trust).run(resume_from)
 
     def evaluate(self, loader: Iterable[Any]) -> Evaluation:
         """Mean loss and accuracy of the model as it stands, in evaluation mode."""
@@ -141,6 +145,7 @@ class _Fit:
         train_steps: int,
         valid_steps: int,
         callbacks: Sequence[Callback],
+        measure_trust: bool = True,
     ) -> None:
         self.trainer = trainer
         self.algorithm = trainer.algorithm
@@ -153,6 +158,7 @@ class _Fit:
         self.callbacks = [each for each in callbacks if first or not each.first_process_only]
         self.result = FitResult()
         self.generators = Generators(trainer.stn, {"train": trainer.train, "valid": trainer.valid})
+        self.trust = EpochTrust(trainer.algorithm, self.generators, trainer.train, measure_trust)
         self.training_batches = BatchReader(trainer.train, "training", self.generators)
         self.validation_batches = BatchReader(trainer.valid, "validation", self.generators)
         self._endless_validation = self.validation_batches.endless()
@@ -219,6 +225,7 @@ class _Fit:
     def _epoch(self, interruption: Interruption) -> None:
         self.began = time.perf_counter()
         for content in self.training_batches.rest_of_pass():
+            self.trust.before_inner_step(content, self.training_batches.taken, self.inner)
             record = self._diagnosed(self.algorithm.inner_step, content)
             self.inner += 1
             self.losses.append(record.loss)
@@ -244,6 +251,7 @@ class _Fit:
                 valid_accuracy=valid.accuracy,
                 seconds=self._seconds(),
                 skipped=self.skipped,
+                trust=self.trust.end_epoch(),
             )
         )
         for callback in self.callbacks:
@@ -257,7 +265,9 @@ class _Fit:
 
     def _outer_round(self) -> None:
         for _ in range(self.valid_steps):
-            record = self._diagnosed(self.algorithm.outer_step, next(self._endless_validation))
+            content = next(self._endless_validation)
+            self.trust.before_outer_step(content, self.inner)
+            record = self._diagnosed(self.algorithm.outer_step, content)
             self.skipped += len(record.skipped)
             self.outer += 1
             self._record_schedule(self.epoch)
@@ -337,6 +347,7 @@ class _Fit:
             "losses": self.losses,
             "response_losses": self.response_losses,
             "skipped": self.skipped,
+            "trust": self.trust.found,
             "seconds": self._seconds(),
             "result": self.result.to_json(),
             "stn": persistent,
@@ -366,6 +377,7 @@ class _Fit:
         self.epoch, self.inner, self.outer = state["epoch"], state["inner"], state["outer"]
         self.losses, self.response_losses = state["losses"], state["response_losses"]
         self.skipped, self.seconds_before = state["skipped"], state["seconds"]
+        self.trust.found = state.get("trust", {})  # older checkpoints have none
         self.validation_batches.restore(state["valid"])
         self.training_batches.restore(state["train"])
         # Last: beginning the passes again has drawn from the generators.
