@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from stn_fx.augment.draws import Draws
 from stn_fx.augment.image_format import ImageFormat
+from stn_fx.compiler.capture import CapturedGraph
 from stn_fx.compiler.casts import ambient_autocast, without_autocast
 from stn_fx.compiler.finalize import Finalized, write_rates
 from stn_fx.compiler.pipeline import BatchAxis, CompiledModel, compile_model, state_tensors
@@ -104,6 +105,7 @@ class SelfTuningModule(nn.Module):
         self._generators: dict[str, torch.Generator] = {}
         self._captures: list[_Capture] = []
         self._live: set[int] = set()
+        self._watched: list[Tensor] | None = None
         self._example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.response = nn.Module()
         self.finalized: Finalized | None = None
@@ -197,7 +199,7 @@ class SelfTuningModule(nn.Module):
         values = self.hparams.constrain(self.hparams.raw.detach().unsqueeze(0)).expand(batch, -1)
         with without_autocast(self.model):
             outputs = compiled.base(self._state(compiled), {}, values, None, self._draws(), *inputs)
-        return compiled.captured.training.unflatten(outputs)
+        return self._handed_out(compiled.captured.training, outputs)
 
     def linearize(self, *args: Any, raw: Tensor | None = None, **kwargs: Any) -> tuple[Any, Any]:
         """Linearized pass (Delta-STN, Bae & Grosse 2020, equation 9): ``(primal, tangent)``, trees like the output.
@@ -219,7 +221,9 @@ class SelfTuningModule(nn.Module):
                 "inputs that require grad."
             )
         tangents = [_full_tangent(p, t) for p, t in zip(primals, tangents, strict=True)]
-        return captured.unflatten(primals), captured.unflatten(tangents)
+        count = captured.output_spec.num_leaves
+        self._watch(p + t for p, t in zip(primals[count:], tangents[count:], strict=True))
+        return captured.unflatten(primals[:count]), captured.unflatten(tangents[:count])
 
     def respond(self, *args: Any, raw: Tensor | None = None, **kwargs: Any) -> Any:
         """Response pass ``f(x; w0 + DeltaW(raw_i - current))`` for every example i, always on the evaluation graph.
@@ -252,7 +256,30 @@ class SelfTuningModule(nn.Module):
         values = self.hparams.constrain(raw_BH.detach())
         with without_autocast(self.model):
             outputs = compiled.response_training(state, self._response(), values, delta_BH, self._draws(), *inputs)
-        return compiled.captured.training.unflatten(outputs)
+        return self._handed_out(compiled.captured.training, outputs)
+
+    @contextmanager
+    def watching(self) -> Iterator[list[Tensor]]:
+        """The activations (B, ...) that terms of the loss look at, of every pass on the training graph inside.
+
+        They come in the order of ``activation_terms(stn.compiled.plan.sites)``; of the linearized pass it is primal +
+        tangent. What the passes return stays as it is.
+        """
+        before, self._watched = self._watched, []
+        try:
+            yield self._watched
+        finally:
+            self._watched = before
+
+    def _watch(self, activations: Iterable[Tensor]) -> None:
+        if self._watched is not None:
+            self._watched.extend(activations)
+
+    def _handed_out(self, captured: CapturedGraph, outputs: list[Any]) -> Any:
+        """What the model returns; the rest of a pass's outputs are activations that terms of the loss look at."""
+        count = captured.output_spec.num_leaves
+        self._watch(outputs[count:])
+        return captured.unflatten(outputs[:count])
 
     def _displacement(self, raw: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
         raw_BH = self.hparams.raw.unsqueeze(0).expand(batch, -1) if raw is None else raw

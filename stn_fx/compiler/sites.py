@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from stn_fx.augment.image_format import ImageFormat
+from stn_fx.compiler.activation_sites import choose_activation_sites
 from stn_fx.compiler.capture import CapturedGraph
 from stn_fx.compiler.functionalize import module_path
 from stn_fx.compiler.input_sites import choose_input_sites
@@ -101,6 +102,7 @@ def choose_insertions(
         InputError: a selection acts on what pixels mean, and the input or its format does not allow that.
     """
     insertions = choose_input_sites(captured, selections, image_format)
+    insertions += choose_activation_sites(captured, selections)
     for selection in selections:
         entry = selection.entry.name
         if selection.entry.kind == "site" and selection.required:

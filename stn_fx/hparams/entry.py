@@ -6,7 +6,7 @@ from typing import Any, Literal, Protocol
 
 from stn_fx.errors import InputError, UnknownHyperparameterError
 
-Kind = Literal["site", "input", "loss", "mixing"]
+Kind = Literal["site", "input", "loss", "mixing", "activation"]
 PatternOver = Literal["modules", "inputs", "weights"]
 Needs = Literal["floating", "image", "pixels", "colour", "tokens"]
 
@@ -109,8 +109,8 @@ class Entry:
 
     Attributes:
         name: what users write.
-        kind: where it acts: `site` (places inside the model), `input`, `loss`, or `mixing` (across the examples of a
-            batch, before the model).
+        kind: where it acts: `site` (places inside the model), `input`, `loss`, `mixing` (across the examples of a
+            batch, before the model), or `activation` (a term of the loss on outputs of modules that a pattern names).
         components: its scalars, at least one.
         description: one line.
         source: the paper or recipe that bounds and initial values come from.
