@@ -1,7 +1,7 @@
 """Every entry matters: the learned response predicts what retraining at other values does to the validation loss.
 
-`test_entries_matter.py` has those that act on an image and show in a linear model with a row-wise response; here are all
-others, each on a problem that it has an effect on.
+`test_entries_matter.py` has those that act on an image and show in a linear model with a row-wise response; here are
+all others, each on a problem that it has an effect on.
 """
 
 import pytest
@@ -144,6 +144,31 @@ def on_sequences(hparams):
     return Problem(hparams, Sequence, data(0, 40), data(1, 2000))
 
 
+class Recurrent(nn.Module):
+    """A recurrent network of which the hidden weights alone are trained."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.net = nn.RNN(2, 4, batch_first=True)
+        for name, parameter in self.net.named_parameters():
+            parameter.requires_grad_(name == "weight_hh_l0")
+
+    def forward(self, x):
+        return self.net(x)[0].sum((1, 2))
+
+
+def on_recurrent_networks(hparams):
+    teacher = Recurrent().double()
+
+    def data(seed, count):
+        x = normal(seed, count, 6, 2)
+        with torch.no_grad():
+            return x, teacher(x) + 0.5 * normal(seed + 50, count)
+
+    return Problem(hparams, Recurrent, data(0, 40), data(1, 1000), copies=40, repetitions=4)
+
+
 PROBLEMS = {
     "weight_decay": lambda: on_features("weight_decay@weight(initial=0.1)"),
     "l1": lambda: on_features("l1@weight(initial=0.1, high=1)", independent),
@@ -153,6 +178,7 @@ PROBLEMS = {
     "cutmix": lambda: on_classes("cutmix(initial=0.5)", shifted_images, copies=60, repetitions=4),
     "dropout": lambda: on_features("dropout@features(initial=0.3)", independent, copies=60, repetitions=4),
     "drop_path": lambda: on_features("drop_path@features(initial=0.3)", copies=60, repetitions=4),
+    "weight_drop": lambda: on_recurrent_networks("weight_drop(initial=0.2)"),
     "noise": lambda: on_features("noise@features(initial=0.4)", copies=60, repetitions=4),
     "contrast": lambda: on_images("contrast(initial=0.6)", options={"image_format": stn_fx.ImageFormat()}),
     "random_erasing": lambda: on_images("random_erasing(probability.initial=0.4, area.initial=0.2)"),

@@ -4,6 +4,7 @@ Inserted sites (DESIGN 3.11) stand where the standard recipes put them: on the b
 each activation, and before the classifier; or at the outputs of modules that the user names with a pattern.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from stn_fx.hparams import Selection
 from stn_fx.hparams.pattern import matches
 from stn_fx.rules import Registry
 from stn_fx.rules.custom import reference
+from stn_fx.rules.recurrent import recurrent_layer
 
 aten = torch.ops.aten
 
@@ -108,7 +110,9 @@ def choose_insertions(
         if selection.entry.kind == "site" and selection.required:
             if any(site.entry == entry and selection.matches(site.name) for site in found):
                 continue
-            if selection.pattern is not None:
+            if entry == "weight_drop":
+                insertions += [each for each in _recurrent_layers(captured) if selection.matches(each.name)]
+            elif selection.pattern is not None:
                 apply = selection.entry.apply
                 arguments = () if apply is None else (reference(apply),)
                 outputs = _module_outputs(captured, model, entry, selection.pattern)
@@ -116,6 +120,19 @@ def choose_insertions(
             elif not any(site.entry == entry for site in found):
                 insertions += _recipe(captured, entry)
     return insertions
+
+
+def _recurrent_layers(captured: CapturedGraph) -> Iterator[Insertion]:
+    """One site before each layer and direction of each recurrent network, named after its hidden weight."""
+    for node in captured.graph.nodes:
+        if node.target is recurrent_layer:
+            yield Insertion("weight_drop", _hidden_weight(node), node.args[2], (node,))
+
+
+def _hidden_weight(layer: Node) -> str:
+    """Qualified name of a recurrent layer's hidden weight."""
+    path, attribute = module_path(layer), layer.meta["weight_names"][6]
+    return f"{path}.{attribute}" if path else attribute
 
 
 def _module_outputs(captured: CapturedGraph, model: nn.Module, entry: str, pattern: str) -> list[Insertion]:

@@ -31,6 +31,7 @@ def load_builtin_rules() -> Registry:
         recurrent,
         structural,
         token_sites,
+        weight_drop,
     )
 
     return REGISTRY
