@@ -212,6 +212,8 @@ class SelfTuningModule(nn.Module):
         graph = compiled.linearized_training if self.training else compiled.linearized_evaluation
         captured = compiled.captured.training if self.training else compiled.captured.evaluation
         state = {name: tensor.detach() for name, tensor in self._state(compiled).items()}
+        if self.training:
+            self._require_one_per_batch(raw_BH)
         values = self.hparams.constrain(raw_BH.detach())
         with without_autocast(self.model):
             primals, tangents = graph(state, self._response(), values, delta_BH, self._draws(), *inputs)
@@ -253,6 +255,7 @@ class SelfTuningModule(nn.Module):
             state = {name: t.clone() if name in buffers else t.detach() for name, t in state.items()}
         else:
             state |= base
+        self._require_one_per_batch(raw_BH)
         values = self.hparams.constrain(raw_BH.detach())
         with without_autocast(self.model):
             outputs = compiled.response_training(state, self._response(), values, delta_BH, self._draws(), *inputs)
@@ -293,6 +296,15 @@ class SelfTuningModule(nn.Module):
             )
         # Without the detach the displacement is identically zero, and with it the hypergradient.
         return raw_BH, raw_BH - self.hparams.raw.detach()
+
+    def _require_one_per_batch(self, raw_BH: Tensor) -> None:
+        """What acts on a whole batch can only have one value there."""
+        for column in self.hparams.per_batch:
+            if not bool((raw_BH[:, column] == raw_BH[0, column]).all()):
+                raise InputError(
+                    f"{self.hparams.names[column]} has one value for all examples of a batch (per_batch=True), and raw "
+                    f"has several. Give its column the same number in every row."
+                )
 
     def _require_like_raw(self, name: str, value: Any) -> None:
         mine = self.hparams.raw

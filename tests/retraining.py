@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import stn_fx
-from stn_fx.bilevel import Objective
+from stn_fx.bilevel import Objective, PerExample
 from stn_fx.bilevel.apply import Updater
 from stn_fx.bilevel.mixing import mix
 from stn_fx.bilevel.objective import as_objective
 from stn_fx.bilevel.penalties import penalties
+from stn_fx.bilevel.replicas import Rows
 from stn_fx.bilevel.updates import named_values, response_update
 
 STEPS, RATE = 400, 0.02
@@ -135,7 +136,8 @@ def learn_response(stn, objective: Objective, problem: Problem) -> None:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     batch = objective.batch(repeated(problem.train, problem.response_copies), torch.device("cpu"))
     for _ in range(STEPS):
-        raw_BH = stn.hparams.sample(len(batch.content[-1]), generator=stn.generator()).detach()
+        size = len(batch.content[-1])
+        raw_BH = PerExample().inner(stn.hparams, Rows(0, size, size), stn.generator()).detach()
         response_update(stn, objective, updater, batch, raw_BH, nullcontext())
         schedule.step()
 

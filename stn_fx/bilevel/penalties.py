@@ -69,7 +69,7 @@ def other_penalties(
 def _own_term(entry: Entry, output: Any, batch: Batch | None, value_B: Tensor) -> Tensor:
     assert entry.apply is not None
     assert batch is not None
-    term = entry.apply(output, split(batch.content)[1], value_B)
+    term = entry.apply(output, split(batch.content)[1], value_B[0] if entry.per_batch else value_B)
     if not isinstance(term, Tensor) or term.shape not in ((), value_B.shape):
         got = f"shape {tuple(term.shape)}" if isinstance(term, Tensor) else f"a {type(term).__name__}"
         raise InputError(

@@ -114,7 +114,7 @@ def choose_insertions(
                 insertions += [each for each in _recurrent_layers(captured) if selection.matches(each.name)]
             elif selection.pattern is not None:
                 apply = selection.entry.apply
-                arguments = () if apply is None else (reference(apply),)
+                arguments = () if apply is None else (reference(apply), selection.entry.per_batch)
                 outputs = _module_outputs(captured, model, entry, selection.pattern)
                 insertions += [replace(each, arguments=arguments) for each in outputs]
             elif not any(site.entry == entry for site in found):

@@ -119,6 +119,7 @@ class Entry:
             numbers have a known meaning, with 1 or 3 channels), `colour` (the same with 3), `tokens` (integers).
         options: settings that are chosen and not tuned.
         apply: what a hyperparameter of the user's own does; see `stn_fx.hparams.custom`.
+        per_batch: whether all examples of a batch have one value, which `apply` receives as a scalar.
     """
 
     name: str
@@ -130,6 +131,7 @@ class Entry:
     needs: Needs = "floating"
     options: tuple[Option, ...] = ()
     apply: Callable[..., Any] | None = None
+    per_batch: bool = False
 
     def component(self, name: str) -> Component:
         """The component of that name; KeyError where there is none."""

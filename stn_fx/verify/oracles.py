@@ -143,7 +143,7 @@ def sites(trial: Trial, attempts: int = 4) -> Found:
     stn = trial.stn
     terms = {name for _, name in activation_terms(stn.compiled.plan.sites)}  # these act in the loss only
     names = {name for site in stn.compiled.plan.sites for _, name in site.hyperparameters}
-    columns = {stn.hparams.index(name) for name in names - terms}
+    columns = {stn.hparams.index(name) for name in names - terms} - set(stn.hparams.per_batch)
     if not columns:
         return None, "no hyperparameter acts at a site"
     stn.train()
