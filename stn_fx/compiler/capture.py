@@ -11,7 +11,7 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
+from stn_fx.compiler.augmentation_modules import whole_augmentation
 from stn_fx.compiler.casts import ambient_autocast, cast_explicitly
 from stn_fx.compiler.cells import expand_cells
 from stn_fx.compiler.failures import FailingPlace, failing_place, root_cause
@@ -36,6 +37,8 @@ from stn_fx.rules.as_found import buffers_as_found, left_as_found
 from stn_fx.rules.opaque import OpaqueLeaf
 
 aten = torch.ops.aten
+
+Forward = Callable[..., Any]
 
 
 @dataclass
@@ -92,11 +95,12 @@ def capture(
     kwargs: dict[str, Any],
     batch_axes: list[int | None],
     watched: Collection[str] = (),
+    augmentations: Mapping[str, Forward] | None = None,
 ) -> Any:
     """Capture ``model`` in both modes with a dynamic batch.
 
     ``batch_axes`` names the batch axis of every flattened input (None = not batched); ``watched`` the modules whose
-    outputs are wanted as nodes of the training graph.
+    outputs are wanted as nodes of the training graph, ``augmentations`` forwards by module to capture that one by.
 
     Raises:
         CaptureError: with the place and the reason that torch.export gives.
@@ -110,9 +114,10 @@ def capture(
     leaves: dict[str, OpaqueLeaf] = {}
     while True:
         try:
-            return _capture_around(model, flat, spec, batch_axes, leaves, notes, watched)
+            return _capture_around(model, flat, spec, batch_axes, leaves, notes, watched, augmentations or {})
         except CaptureError as error:
             place = failing_place(error, model) or FailingPlace(error.module, "")
+            place = FailingPlace(whole_augmentation(model, place.module), place.line)
             if not place.module or place.module in leaves or PACKED_REMEDY in str(error):
                 raise
             reason = f"{_in_short(root_cause(error))}, {place.line}" if place.line else str(error)
@@ -128,6 +133,7 @@ def _capture_around(
     leaves: dict[str, OpaqueLeaf],
     notes: list[str],
     watched: Collection[str],
+    augmentations: Mapping[str, Forward],
 ) -> CapturedModel:
     """Capture both graphs with ``leaves`` left out."""
     args, kwargs = pytree.tree_unflatten(flat, spec)
@@ -135,7 +141,12 @@ def _capture_around(
     graphs = {}
     for training in (True, False):
         outputs = marked_outputs(model, watched if training else ())
-        with left_as_found(model), _markers(model, leaves), recurrent_markers(), outputs:
+        with (
+            left_as_found(model),
+            _markers(model, leaves, augmentations if training else {}),
+            recurrent_markers(),
+            outputs,
+        ):
             _set_mode(model, training)
             if training:
                 flags = tuple(module.training for module in model.modules())
@@ -409,12 +420,12 @@ def _set_mode(model: nn.Module, training: bool) -> None:
 
 
 @contextlib.contextmanager
-def _markers(model: nn.Module, leaves: dict[str, OpaqueLeaf]) -> Iterator[None]:
+def _markers(model: nn.Module, leaves: dict[str, OpaqueLeaf], augmentations: Mapping[str, Forward]) -> Iterator[None]:
     """Recognised modules and opaque leaves call their marker while this is open."""
     patched = []
     try:
-        for module in model.modules():
-            forward = stand_in(module)
+        for name, module in model.named_modules():
+            forward = augmentations.get(name) or stand_in(module)
             if forward is not None and "forward" not in vars(module):
                 module.__dict__["forward"] = forward
                 patched.append(module)

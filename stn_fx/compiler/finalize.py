@@ -64,6 +64,8 @@ def _place(site: SitePlan, modules: dict[str, nn.Module], plan: Plan) -> tuple[n
         kind = CATALOGUE[site.entry].kind if site.entry in CATALOGUE else "site"
         if kind == "activation":
             return _IN_LOSS
+        if kind == "input" and not site.inserted:
+            return f"{site.name} keeps the value that it was built with; build it anew with this one"
         return (
             f"{site.entry} acts on the input"
             if kind == "input"

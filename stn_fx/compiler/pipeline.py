@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 
 from stn_fx.augment.image_format import ImageFormat
 from stn_fx.compiler.activation_sites import named_modules, require_time_axes
-from stn_fx.compiler.capture import CapturedGraph, CapturedModel, capture, register_dataclasses
+from stn_fx.compiler.augmentation_modules import tuned_augmentations
+from stn_fx.compiler.capture import CapturedGraph, CapturedModel, Forward, capture, register_dataclasses
 from stn_fx.compiler.forward_mode import lacks_forward_mode
 from stn_fx.compiler.functionalize import module_path
 from stn_fx.compiler.insertion import insert_sites
@@ -73,7 +74,9 @@ def compile_model(
     """
     require_trainable(model)
     watched = named_modules(model, selections)
-    captured, note = capture_with_batch_axis(model, args, kwargs, batch_axis, watched)
+    captured, note = capture_with_batch_axis(
+        model, args, kwargs, batch_axis, watched, tuned_augmentations(model, selections)
+    )
     state = state_tensors(model, captured)
     names = canonical_names(model)
     found = find_sites(captured.training, model, registry)
@@ -170,17 +173,18 @@ def capture_with_batch_axis(
     kwargs: dict[str, Any],
     batch_axis: BatchAxis,
     watched: Collection[str] = (),
+    augmentations: Mapping[str, Forward] | None = None,
 ) -> tuple[CapturedModel, str]:
     """Capture with the batch axis that the caller names, else with the first of 0 and 1 that the probe confirms.
 
-    ``watched`` are modules whose outputs are wanted in the training graph. The second value is a note for the report,
+    ``watched`` and ``augmentations`` are as for `capture`. The second value is a note for the report,
     empty where there is nothing to say.
     """
     register_dataclasses((args, kwargs))
     require_batch(args, kwargs)
     flat = pytree.tree_leaves((args, kwargs))
     if batch_axis is not None:
-        captured = capture(model, args, kwargs, _named_axes(flat, batch_axis), watched)
+        captured = capture(model, args, kwargs, _named_axes(flat, batch_axis), watched, augmentations)
         if not _outputs_are_decided(model, captured):
             raise BatchLayoutError(
                 f"With batch_axis={batch_axis!r} the examples of {type(model).__name__} are not independent: changing "
@@ -191,7 +195,7 @@ def capture_with_batch_axis(
     captured = None
     for axes in _candidate_axes(flat):
         try:
-            captured = capture(model, args, kwargs, axes, watched)
+            captured = capture(model, args, kwargs, axes, watched, augmentations)
         except CaptureError as error:
             failure = failure or error
             continue

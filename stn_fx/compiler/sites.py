@@ -54,6 +54,9 @@ def find_sites(captured: CapturedGraph, model: nn.Module, registry: Registry) ->
         entry = node.meta.get("site_entry") or getattr(rule, "site", None)
         if entry is None or not rule.is_site(node):
             continue
+        if node.target is torch.ops.stn_fx.own_augmentation.default:
+            found.append(FoundSite(node.args[1], node.args[2], node, rule.own_rate(node)))
+            continue
         if "site_name" in node.meta:
             found.append(FoundSite(node.meta["site_name"], entry, node, rule.own_rate(node), inserted=True))
             continue
@@ -103,7 +106,8 @@ def choose_insertions(
     Raises:
         InputError: a selection acts on what pixels mean, and the input or its format does not allow that.
     """
-    insertions = choose_input_sites(captured, selections, image_format)
+    own = [each for each in selections if any(each.entry.name == s.entry and each.matches(s.name) for s in found)]
+    insertions = choose_input_sites(captured, [each for each in selections if each not in own], image_format)
     insertions += choose_activation_sites(captured, selections)
     for selection in selections:
         entry = selection.entry.name

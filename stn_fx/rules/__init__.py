@@ -27,6 +27,7 @@ def load_builtin_rules() -> Registry:
         noise,
         normalization,
         opaque,
+        own_augmentations,
         pooling,
         recurrent,
         structural,
