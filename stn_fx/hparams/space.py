@@ -136,6 +136,9 @@ class HyperparameterSpace(nn.Module):
     def sample(self, batch_size: int, generator: Generator | None = None) -> Tensor:
         """Raw values (B, H) perturbed by independent Gaussian noise for each example, reparametrised.
 
+        That is what the response pass takes. On the training graph a hyperparameter with one value per batch needs the
+        same number in all rows, as `stn_fx.bilevel.PerExample.inner` draws it.
+
         Args:
             batch_size: B.
             generator: source of the noise, on the device of `raw`.
