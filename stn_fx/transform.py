@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from stn_fx.augment.draws import Draws
 from stn_fx.augment.image_format import ImageFormat
+from stn_fx.compiler.capture import CapturedGraph
 from stn_fx.compiler.casts import ambient_autocast, without_autocast
 from stn_fx.compiler.finalize import Finalized, write_rates
 from stn_fx.compiler.pipeline import BatchAxis, CompiledModel, compile_model, state_tensors
@@ -110,6 +111,7 @@ class SelfTuningModule(nn.Module):
         self._generators: dict[str, torch.Generator] = {}
         self._captures: list[_Capture] = []
         self._live: set[int] = set()
+        self._watched: list[Tensor] | None = None
         self._example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.response = nn.Module()
         self.finalized: Finalized | None = None
@@ -220,7 +222,7 @@ class SelfTuningModule(nn.Module):
         values = self.hparams.constrain(self.hparams.raw.detach().unsqueeze(0)).expand(batch, -1)
         with without_autocast(self.model):
             outputs = compiled.base(self._state(compiled), {}, values, None, self._draws(), *inputs)
-        return compiled.captured.training.unflatten(outputs)
+        return self._handed_out(compiled.captured.training, outputs)
 
     def linearize(self, *args: Any, raw: Tensor | None = None, **kwargs: Any) -> tuple[Any, Any]:
         """Linearized pass (Delta-STN, Bae & Grosse 2020, equation 9): ``(primal, tangent)``, trees like the output.
@@ -233,6 +235,8 @@ class SelfTuningModule(nn.Module):
         graph = compiled.linearized_training if self.training else compiled.linearized_evaluation
         captured = compiled.captured.training if self.training else compiled.captured.evaluation
         state = {name: tensor.detach() for name, tensor in self._state(compiled).items()}
+        if self.training:
+            self._require_one_per_batch(raw_BH)
         values = self.hparams.constrain(raw_BH.detach())
         with without_autocast(self.model):
             primals, tangents = graph(state, self._response(), values, delta_BH, self._draws(), *inputs)
@@ -242,7 +246,9 @@ class SelfTuningModule(nn.Module):
                 "inputs that require grad."
             )
         tangents = [_full_tangent(p, t) for p, t in zip(primals, tangents, strict=True)]
-        return captured.unflatten(primals), captured.unflatten(tangents)
+        count = captured.output_spec.num_leaves
+        self._watch(p + t for p, t in zip(primals[count:], tangents[count:], strict=True))
+        return captured.unflatten(primals[:count]), captured.unflatten(tangents[:count])
 
     def respond(self, *args: Any, raw: Tensor | None = None, **kwargs: Any) -> Any:
         """Response pass ``f(x; w0 + DeltaW(raw_i - current))`` for every example i, always on the evaluation graph.
@@ -272,10 +278,34 @@ class SelfTuningModule(nn.Module):
             state = {name: t.clone() if name in buffers else t.detach() for name, t in state.items()}
         else:
             state |= base
+        self._require_one_per_batch(raw_BH)
         values = self.hparams.constrain(raw_BH.detach())
         with without_autocast(self.model):
             outputs = compiled.response_training(state, self._response(), values, delta_BH, self._draws(), *inputs)
-        return compiled.captured.training.unflatten(outputs)
+        return self._handed_out(compiled.captured.training, outputs)
+
+    @contextmanager
+    def watching(self) -> Iterator[list[Tensor]]:
+        """The activations (B, ...) that terms of the loss look at, of every pass on the training graph inside.
+
+        They come in the order of ``activation_terms(stn.compiled.plan.sites)``; of the linearized pass it is primal +
+        tangent. What the passes return stays as it is.
+        """
+        before, self._watched = self._watched, []
+        try:
+            yield self._watched
+        finally:
+            self._watched = before
+
+    def _watch(self, activations: Iterable[Tensor]) -> None:
+        if self._watched is not None:
+            self._watched.extend(activations)
+
+    def _handed_out(self, captured: CapturedGraph, outputs: list[Any]) -> Any:
+        """What the model returns; the rest of a pass's outputs are activations that terms of the loss look at."""
+        count = captured.output_spec.num_leaves
+        self._watch(outputs[count:])
+        return captured.unflatten(outputs[:count])
 
     def _displacement(self, raw: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
         raw_BH = self.hparams.raw.unsqueeze(0).expand(batch, -1) if raw is None else raw
@@ -289,6 +319,15 @@ class SelfTuningModule(nn.Module):
             )
         # Without the detach the displacement is identically zero, and with it the hypergradient.
         return raw_BH, raw_BH - self.hparams.raw.detach()
+
+    def _require_one_per_batch(self, raw_BH: Tensor) -> None:
+        """What acts on a whole batch can only have one value there."""
+        for column in self.hparams.per_batch:
+            if not bool((raw_BH[:, column] == raw_BH[0, column]).all()):
+                raise InputError(
+                    f"{self.hparams.names[column]} has one value for all examples of a batch (per_batch=True), and raw "
+                    f"has several. Give its column the same number in every row."
+                )
 
     def _require_like_raw(self, name: str, value: Any) -> None:
         mine = self.hparams.raw

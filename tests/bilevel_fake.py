@@ -39,7 +39,7 @@ class FakeSelfTuningModule(nn.Module):
         weight = self.model.weight
         self.hparams = HyperparameterSpace(resolved, dtype=weight.dtype)
         self.exact = Exact(weight.shape, len(resolved)).to(weight.dtype)
-        self._compiled = SimpleNamespace(captured=SimpleNamespace(batch_axes=(0,)))
+        self._compiled = SimpleNamespace(captured=SimpleNamespace(batch_axes=(0,)), plan=SimpleNamespace(sites=()))
 
     @property
     def G(self) -> nn.Parameter:
@@ -53,6 +53,10 @@ class FakeSelfTuningModule(nn.Module):
         own, self._generator = self._generator, generators["cpu"]
         yield
         self._generator = own
+
+    @contextmanager
+    def watching(self) -> Iterator[list[Tensor]]:
+        yield []  # no term of the loss looks at activations here
 
     def base_parameters(self) -> Iterator[nn.Parameter]:
         return self.model.parameters()

@@ -72,9 +72,9 @@ INITIAL = {
 }  # fmt: skip
 """Values at which an entry moves this problem's validation loss.
 
-Not here: entries with two components (a row-wise response of one output gives both the same direction), contrast (its
-slope is so small here that these steps do not learn its response to a factor of 2), mixup (it shrinks both sides of the
-normal equations alike), weight decay (`test_ridge.py` has its closed form), and what needs a deep or a token model.
+Not here but in `test_every_entry_matters.py`: entries with two components (a row-wise response of one output gives both
+the same direction), contrast (its slope is so small here that these steps do not learn its response to a factor of 2),
+mixup (it shrinks both sides of the normal equations alike), and what needs another model or loss.
 """
 
 

@@ -6,6 +6,9 @@
 | `PerBatch` | around the current value, one draw for the whole batch | the same | STN (MacKay et al. 2019) |
 | `GlobalSampling` | from one wide distribution for the whole run | at the current value | Lorraine & Duvenaud 2018 |
 
+A hyperparameter with one value per batch has one draw for all examples in inner steps, whatever the others have; in the
+response pass nothing acts on the batch, so that there each example may have its own.
+
 Everything is drawn for the whole batch, also where several processes share it, and a process takes its own rows.
 Shape suffixes: B examples, H hyperparameters.
 """
@@ -36,6 +39,9 @@ class PerExample(Sampling):
     """Gaussian around the current value with the tuned scale, independent for every example."""
 
     def inner(self, space: HyperparameterSpace, rows: Rows, generator: Generator) -> Tensor:
+        return space.perturb(_inner_noise(rows, space, generator))
+
+    def outer(self, space: HyperparameterSpace, rows: Rows, generator: Generator) -> Tensor:
         return space.perturb(_noise(rows.total, space, generator)[rows.start : rows.stop])
 
 
@@ -63,7 +69,7 @@ class GlobalSampling(Sampling):
         self.width = width
 
     def inner(self, space: HyperparameterSpace, rows: Rows, generator: Generator) -> Tensor:
-        noise_BH = _noise(rows.total, space, generator)[rows.start : rows.stop]
+        noise_BH = _inner_noise(rows, space, generator)
         initial_H = noise_BH.new_tensor([each.raw_initial() for each in space.resolved])
         return initial_H + self.width * noise_BH
 
@@ -73,3 +79,11 @@ class GlobalSampling(Sampling):
 
 def _noise(rows: int, space: HyperparameterSpace, generator: Generator) -> Tensor:
     return torch.randn(rows, len(space), generator=generator, dtype=space.raw.dtype, device=space.raw.device)
+
+
+def _inner_noise(rows: Rows, space: HyperparameterSpace, generator: Generator) -> Tensor:
+    """Noise (B, H) of each example; the first row of the whole batch for hyperparameters with one value per batch."""
+    noise_BH = _noise(rows.total, space, generator)
+    if space.per_batch:
+        noise_BH[:, space.per_batch] = noise_BH[:1, space.per_batch]
+    return noise_BH[rows.start : rows.stop]

@@ -65,10 +65,11 @@ class STN(DeltaSTN):
         base = {name: p + moved[name] if name in moved else p for name, p in parameters.items()}
         hyperparameters = named_values(stn, raw_BH)
         mixed = mix(stn, batch, hyperparameters)
-        output = mixed.batch.feed(stn.respond_in_training, raw=raw_BH, base=base)
+        with stn.watching() as activations:
+            output = mixed.batch.feed(stn.respond_in_training, raw=raw_BH, base=base)
         batch = mixed.with_targets(output)
         loss = self.objective.training_loss(output, batch, hyperparameters)
-        loss = sum(penalties(stn, output, hyperparameters, raw_BH, batch), loss)
+        loss = sum(penalties(stn, output, hyperparameters, raw_BH, batch, activations), loss)
         return loss + self._through_weights(base, hyperparameters, raw_BH)
 
     def _through_weights(self, base: dict[str, Tensor], values: dict[str, Tensor], raw_BH: Tensor) -> Tensor:

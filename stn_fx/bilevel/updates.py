@@ -43,12 +43,12 @@ def base_update(
     buffers = [(buffer, buffer.clone()) for buffer in stn.model.buffers()]
     raw_BH = stn.hparams.raw.detach().expand(batch_size(stn, batch), -1)
     hyperparameters = named_values(stn, raw_BH)
-    with precision:
+    with precision, stn.watching() as activations:
         mixed = mix(stn, batch, hyperparameters)
         output = mixed.batch.feed(stn)
         batch = mixed.with_targets(output)
         loss = objective.training_loss(output, batch, hyperparameters)
-        loss = sum(other_penalties(stn, output, hyperparameters, batch=batch), loss)
+        loss = sum(other_penalties(stn, output, hyperparameters, None, batch, activations), loss)
     decay = Decay(stn, hyperparameters)
     outcome = updater.apply(loss, "training loss of the base pass", batch.rows.share, decay)
     if outcome.skipped:
@@ -68,10 +68,10 @@ def response_update(
         raw_BH: perturbed raw hyperparameters of every example, detached.
     """
     hyperparameters = named_values(stn, raw_BH)
-    with precision:
+    with precision, stn.watching() as activations:
         output, batch = _linearized(stn, batch, raw_BH)
         loss = objective.training_loss(output, batch, hyperparameters)
-        loss = sum(other_penalties(stn, output, hyperparameters, raw_BH, batch), loss)
+        loss = sum(other_penalties(stn, output, hyperparameters, raw_BH, batch, activations), loss)
     return updater.apply(
         loss, "training loss of the linearized pass", batch.rows.share, Decay(stn, hyperparameters, raw_BH)
     )
@@ -108,12 +108,12 @@ def perturbed_update(
 ) -> Outcome:
     """As `response_update`, but by the loss of the perturbed network itself instead of its linearization."""
     hyperparameters = named_values(stn, raw_BH)
-    with precision:
+    with precision, stn.watching() as activations:
         mixed = mix(stn, batch, hyperparameters)
         output = mixed.batch.feed(stn.respond_in_training, raw=raw_BH)
         batch = mixed.with_targets(output)
         loss = objective.training_loss(output, batch, hyperparameters)
-        loss = sum(other_penalties(stn, output, hyperparameters, raw_BH, batch), loss)
+        loss = sum(other_penalties(stn, output, hyperparameters, raw_BH, batch, activations), loss)
     return updater.apply(
         loss, "training loss of the perturbed network", batch.rows.share, Decay(stn, hyperparameters, raw_BH)
     )

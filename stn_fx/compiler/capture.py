@@ -11,7 +11,7 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,10 +21,12 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
+from stn_fx.compiler.augmentation_modules import whole_augmentation
 from stn_fx.compiler.casts import ambient_autocast, cast_explicitly
 from stn_fx.compiler.cells import expand_cells
 from stn_fx.compiler.failures import FailingPlace, failing_place, root_cause
 from stn_fx.compiler.functionalize import NO_GRAD, functionalize, module_path
+from stn_fx.compiler.module_outputs import is_output_marker, marked_outputs, take_outputs
 from stn_fx.compiler.opaque_leaves import one_more, opaque_leaf
 from stn_fx.compiler.preconditions import require_output
 from stn_fx.compiler.recurrent_markers import PACKED_REMEDY, packs_sequences, recurrent_markers
@@ -36,6 +38,8 @@ from stn_fx.rules.opaque import OpaqueLeaf
 
 aten = torch.ops.aten
 
+Forward = Callable[..., Any]
+
 
 @dataclass
 class CapturedGraph:
@@ -43,7 +47,8 @@ class CapturedGraph:
 
     ``state``: placeholder name -> qualified name of a parameter, buffer or constant; ``inputs``: placeholder names of
     the flattened user inputs, in order; ``buffer_updates``: qualified name of a buffer -> node of its new value;
-    ``batch_symbol``: the symbol of the batch size in the shapes.
+    ``batch_symbol``: the symbol of the batch size in the shapes; ``module_outputs``: name of a module that was asked
+    for -> its outputs, one for each call.
     """
 
     graph: Graph
@@ -53,6 +58,7 @@ class CapturedGraph:
     buffer_updates: dict[str, Node]
     batch_symbol: Any
     output_spec: pytree.TreeSpec
+    module_outputs: dict[str, list[Node]] = field(default_factory=dict)
 
     def unflatten(self, outputs: list[Any]) -> Any:
         """The outputs in the structure that the user's model returns."""
@@ -83,10 +89,18 @@ class CapturedModel:
         return next(int(v.shape[a]) for v, a in zip(inputs, self.batch_axes, strict=True) if a is not None)
 
 
-def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch_axes: list[int | None]) -> Any:
+def capture(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    batch_axes: list[int | None],
+    watched: Collection[str] = (),
+    augmentations: Mapping[str, Forward] | None = None,
+) -> Any:
     """Capture ``model`` in both modes with a dynamic batch.
 
-    ``batch_axes`` names the batch axis of every flattened input (None = not batched).
+    ``batch_axes`` names the batch axis of every flattened input (None = not batched); ``watched`` the modules whose
+    outputs are wanted as nodes of the training graph, ``augmentations`` forwards by module to capture that one by.
 
     Raises:
         CaptureError: with the place and the reason that torch.export gives.
@@ -100,9 +114,10 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], bat
     leaves: dict[str, OpaqueLeaf] = {}
     while True:
         try:
-            return _capture_around(model, flat, spec, batch_axes, leaves, notes)
+            return _capture_around(model, flat, spec, batch_axes, leaves, notes, watched, augmentations or {})
         except CaptureError as error:
             place = failing_place(error, model) or FailingPlace(error.module, "")
+            place = FailingPlace(whole_augmentation(model, place.module), place.line)
             if not place.module or place.module in leaves or PACKED_REMEDY in str(error):
                 raise
             reason = f"{_in_short(root_cause(error))}, {place.line}" if place.line else str(error)
@@ -117,13 +132,21 @@ def _capture_around(
     batch_axes: list[int | None],
     leaves: dict[str, OpaqueLeaf],
     notes: list[str],
+    watched: Collection[str],
+    augmentations: Mapping[str, Forward],
 ) -> CapturedModel:
     """Capture both graphs with ``leaves`` left out."""
     args, kwargs = pytree.tree_unflatten(flat, spec)
     constants: dict[str, Tensor] = {}
     graphs = {}
     for training in (True, False):
-        with left_as_found(model), _markers(model, leaves), recurrent_markers():
+        outputs = marked_outputs(model, watched if training else ())
+        with (
+            left_as_found(model),
+            _markers(model, leaves, augmentations if training else {}),
+            recurrent_markers(),
+            outputs,
+        ):
             _set_mode(model, training)
             if training:
                 flags = tuple(module.training for module in model.modules())
@@ -305,14 +328,17 @@ def _to_captured(
     inputs = [node.name for node in graph.nodes if node.op == "placeholder" and node.name not in state]
     graph, updates = functionalize(graph, dict(signature.inputs_to_buffers))
     kept = set(updates.values())
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or node in kept)
+    graph.eliminate_dead_code(
+        is_impure_node=lambda node: node.op in ("placeholder", "output") or node in kept or is_output_marker(node)
+    )
+    outputs = take_outputs(graph)
     placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     symbol = None
     for name, axis in zip(inputs, batch_axes, strict=True):
         if axis is not None:
             symbol = placeholders[name].meta["val"].shape[axis].node.expr
     updates = {state[name]: node for name, node in updates.items()}
-    return CapturedGraph(graph, training, state, inputs, updates, symbol, program.call_spec.out_spec)
+    return CapturedGraph(graph, training, state, inputs, updates, symbol, program.call_spec.out_spec, outputs)
 
 
 def _inline_regions(module: torch.fx.GraphModule) -> Graph:
@@ -415,12 +441,12 @@ def _set_mode(model: nn.Module, training: bool) -> None:
 
 
 @contextlib.contextmanager
-def _markers(model: nn.Module, leaves: dict[str, OpaqueLeaf]) -> Iterator[None]:
+def _markers(model: nn.Module, leaves: dict[str, OpaqueLeaf], augmentations: Mapping[str, Forward]) -> Iterator[None]:
     """Recognised modules and opaque leaves call their marker while this is open."""
     patched = []
     try:
-        for module in model.modules():
-            forward = stand_in(module)
+        for name, module in model.named_modules():
+            forward = augmentations.get(name) or stand_in(module)
             if forward is not None and "forward" not in vars(module):
                 module.__dict__["forward"] = forward
                 patched.append(module)

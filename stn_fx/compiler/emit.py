@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from stn_fx.compiler.activation_sites import activation_terms
 from stn_fx.compiler.emit_code import WIDTH, Imports, function_code
 from stn_fx.compiler.pipeline import CompiledModel, state_tensors
 from stn_fx.errors import InputError, StnError
@@ -41,7 +42,8 @@ Written by stn_fx; do not edit.  The hyper-conditioned forward of {model} as pla
 
 Arguments of all four: `state` and `response` as `load()` gives them; `values` (B, H) constrained hyperparameters and
 `delta` (B, H) displacements of the raw ones, in the order of HYPERPARAMETERS; `draws` the source of random numbers;
-then the inputs, flattened.  They return the flattened outputs.  To run one:
+then the inputs, flattened.  They return the flattened outputs; behind these the passes of the training graph return the
+ACTIVATIONS that terms of the loss look at, examples first.  To run one:
 
     import torch
     from stn_fx.augment.draws import Draws
@@ -174,6 +176,7 @@ def _tables(compiled: CompiledModel, stn: "SelfTuningModule") -> str:
             for name, axis in zip(captured.evaluation.inputs, captured.batch_axes, strict=True)
         ],
         "INPUT_STRUCTURE": _structure(captured.input_spec),
+        "ACTIVATIONS": [{"term": term, "hyperparameter": name} for term, name in activation_terms(compiled.plan.sites)],
         "OUTPUT_STRUCTURE": _structure(captured.evaluation.output_spec),
     }
     lines = ["aten = torch.ops.aten\n"]
@@ -186,6 +189,7 @@ _ANNOTATIONS = {
     "STATE": "list[str]",
     "RESPONSE": "list[str]",
     "INPUTS": "list[dict[str, object]]",
+    "ACTIVATIONS": "list[dict[str, str]]",
 }
 
 

@@ -12,6 +12,8 @@ from stn_fx.hparams import CATALOGUE
 RATE_ATTRIBUTES = {"dropout": ("p",), "drop_path": ("drop_prob", "p")}
 """Where a module that is a site itself keeps its rate: torch and torchvision in ``p``, others in ``drop_prob``."""
 
+_IN_LOSS = "it acts in the training loss"
+
 
 @dataclass(frozen=True)
 class Finalized:
@@ -52,15 +54,23 @@ def write_rates(model: nn.Module, plan: Plan, values: Mapping[str, float]) -> Fi
     without_place = {name: "; ".join(dict.fromkeys(found)) for name, found in reasons.items()}
     for each in plan.hyperparameters:
         if not any(name == each.name for site in plan.sites for _, name in site.hyperparameters):
-            without_place[each.name] = "it acts in the training loss"
+            without_place[each.name] = _IN_LOSS
     return Finalized(written, without_place)
 
 
 def _place(site: SitePlan, modules: dict[str, nn.Module], plan: Plan) -> tuple[nn.Module, str] | str:
     """(module, attribute) that holds the rate of a site, or why there is none."""
     if site.entry not in RATE_ATTRIBUTES:
-        on_input = site.entry in CATALOGUE and CATALOGUE[site.entry].kind == "input"
-        return f"{site.entry} acts on the input" if on_input else f"no module of the model does what {site.entry} does"
+        kind = CATALOGUE[site.entry].kind if site.entry in CATALOGUE else "site"
+        if kind == "activation":
+            return _IN_LOSS
+        if kind == "input" and not site.inserted:
+            return f"{site.name} keeps the value that it was built with; build it anew with this one"
+        return (
+            f"{site.entry} acts on the input"
+            if kind == "input"
+            else f"no module of the model does what {site.entry} does"
+        )
     if site.inserted:
         return f"the site at {site.name} was inserted"
     module = modules.get(site.name)

@@ -74,7 +74,7 @@ def _arguments(entry: Entry, node: Node, image_format: ImageFormat | None) -> tu
         image_format.check_channels(channels)
         return (entry.name, image_format.means, image_format.stds)
     if entry.apply is not None:
-        return (reference(entry.apply),)
+        return (reference(entry.apply), entry.per_batch)
     return (entry.name,) if entry.name in ("rotation", "translation", "scaling", "shear", "horizontal_flip") else ()
 
 

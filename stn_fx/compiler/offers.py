@@ -18,6 +18,7 @@ from stn_fx.rules import load_builtin_rules
 WHERE = {
     "loss": "the training loss",
     "mixing": "examples and targets of each batch",
+    "activation": "the training loss, on the output of a module that you name with @",
 }
 
 

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from stn_fx.compiler.casts import without_autocast
 from stn_fx.errors import CaptureError
-from stn_fx.rules.opaque import OpaqueLeaf, opaque_function
+from stn_fx.rules.opaque import OpaqueLeaf, generator_states, opaque_function, repeated_draws
 from stn_fx.rules.tangent import differentiable, linearize
 
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 3e-2}
@@ -45,8 +45,9 @@ def opaque_leaf(
     module = model.get_submodule(name)
     batch = next(v.shape[a] for v, a in zip(flat, batch_axes, strict=True) if a is not None)
     try:
-        first = _calls(model, module, flat, spec)
-        second = _calls(model, module, one_more(flat, batch_axes), spec)
+        mode = not _calls(model, module, flat, spec)  # in training, where it runs in training only
+        first = _calls(model, module, flat, spec, mode)
+        second = _calls(model, module, one_more(flat, batch_axes), spec, mode)
     except Exception as error:  # whatever the user's code raises
         raise _refusal(name, reason, f"with one example more the model does not run ({error})") from error
     alike = first and len(first) == len(second)
@@ -70,8 +71,10 @@ def opaque_leaf(
     return leaf
 
 
-def _calls(model: nn.Module, module: nn.Module, flat: list[Any], spec: pytree.TreeSpec) -> list[_Call]:
-    """Every call of ``module`` while the model runs in evaluation mode."""
+def _calls(
+    model: nn.Module, module: nn.Module, flat: list[Any], spec: pytree.TreeSpec, training: bool = False
+) -> list[_Call]:
+    """Every call of ``module`` while the model runs in evaluation mode, or in training mode."""
     calls: list[_Call] = []
 
     def note(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -79,7 +82,7 @@ def _calls(model: nn.Module, module: nn.Module, flat: list[Any], spec: pytree.Tr
 
     handle = module.register_forward_hook(note, with_kwargs=True)
     args, kwargs = pytree.tree_unflatten(flat, spec)
-    model.eval()
+    model.train(training)
     try:
         with torch.no_grad():
             model(*args, **kwargs)
@@ -113,7 +116,7 @@ def _tensors(leaves: list[Any]) -> list[int]:
 def _prove_tangent(leaf: OpaqueLeaf, inputs: list[Tensor]) -> None:
     """Choose how the tangent passes, by central differences of the evaluated module; refuse what is no derivative."""
     floating = [i for i, value in enumerate(inputs) if differentiable(value)]
-    generator = torch.Generator().manual_seed(0)
+    generator, states = torch.Generator().manual_seed(0), generator_states(inputs)
     primals = tuple(inputs[i].detach() for i in floating)
     directions = tuple(torch.randn(p.shape, generator=generator).to(p) for p in primals)
 
@@ -121,7 +124,8 @@ def _prove_tangent(leaf: OpaqueLeaf, inputs: list[Tensor]) -> None:
         arguments = list(inputs)
         for index, value in zip(floating, values, strict=True):
             arguments[index] = value
-        outputs = opaque_function(arguments, leaf.key, False)
+        with repeated_draws(states):  # augmentations may draw in evaluation mode too
+            outputs = opaque_function(arguments, leaf.key, False)
         return tuple(output for output in outputs if differentiable(output))
 
     if not floating or not function(*primals):

@@ -1,7 +1,7 @@
 """The compiler's way of the data, in one place: capture -> analyse -> plan -> rewrite."""
 
 import operator
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,7 +12,9 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from stn_fx.augment.image_format import ImageFormat
-from stn_fx.compiler.capture import CapturedGraph, CapturedModel, capture, register_dataclasses
+from stn_fx.compiler.activation_sites import named_modules, require_time_axes
+from stn_fx.compiler.augmentation_modules import tuned_augmentations
+from stn_fx.compiler.capture import CapturedGraph, CapturedModel, Forward, capture, register_dataclasses
 from stn_fx.compiler.forward_mode import lacks_forward_mode
 from stn_fx.compiler.functionalize import module_path
 from stn_fx.compiler.insertion import insert_sites
@@ -72,7 +74,10 @@ def compile_model(
         InputError: there is nothing to train, or a colour operation without a format that fits its images.
     """
     require_trainable(model)
-    captured, note = capture_with_batch_axis(model, args, kwargs, batch_axis)
+    watched = named_modules(model, selections)
+    captured, note = capture_with_batch_axis(
+        model, args, kwargs, batch_axis, watched, tuned_augmentations(model, selections)
+    )
     state = state_tensors(model, captured)
     names = canonical_names(model)
     found = find_sites(captured.training, model, registry)
@@ -92,6 +97,7 @@ def compile_model(
     weights = {name: p.ndim for name, p in model.named_parameters() if p.requires_grad}
     sites, hyperparameters, chosen = plan_sites(found, selections, analysed["training"], _image_size(captured), weights)
     require_weights(hyperparameters, weights)
+    require_time_axes(sites, {node.name: node for node in captured.training.graph.nodes})
     fallbacks = _fallback_notes(captured, analysed.values(), registry)
     notes = (*captured.notes, *([note] if note else []), *chosen, *fallbacks)
     plan = Plan(tuple(parameters), tuple(sites), tuple(hyperparameters), effective, notes)
@@ -163,17 +169,23 @@ def _infer_missing_values(graph: CapturedGraph) -> None:
 
 
 def capture_with_batch_axis(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch_axis: BatchAxis
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    batch_axis: BatchAxis,
+    watched: Collection[str] = (),
+    augmentations: Mapping[str, Forward] | None = None,
 ) -> tuple[CapturedModel, str]:
     """Capture with the batch axis that the caller names, else with the first of 0 and 1 that the probe confirms.
 
-    The second value is a note for the report, empty where there is nothing to say.
+    ``watched`` and ``augmentations`` are as for `capture`. The second value is a note for the report,
+    empty where there is nothing to say.
     """
     register_dataclasses((args, kwargs))
     require_batch(args, kwargs)
     flat = pytree.tree_leaves((args, kwargs))
     if batch_axis is not None:
-        captured = capture(model, args, kwargs, _named_axes(flat, batch_axis))
+        captured = capture(model, args, kwargs, _named_axes(flat, batch_axis), watched, augmentations)
         decided, meeting = _outputs_are_decided(model, captured)
         if not decided:
             raise BatchLayoutError(
@@ -186,7 +198,7 @@ def capture_with_batch_axis(
     captured, meetings = None, []
     for axes in _candidate_axes(flat):
         try:
-            captured = capture(model, args, kwargs, axes)
+            captured = capture(model, args, kwargs, axes, watched, augmentations)
         except CaptureError as error:
             failure = failure or error
             continue

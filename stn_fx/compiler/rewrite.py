@@ -27,6 +27,7 @@ from stn_fx.compiler.layouts import unit_size
 from stn_fx.compiler.plan import ParameterPlan, Plan, SitePlan
 from stn_fx.compiler.planner import AnalysedGraph
 from stn_fx.rules import Registry, Rule
+from stn_fx.rules.activation_terms import activation_tap
 from stn_fx.rules.per_example import per_example, per_example_tangent
 from stn_fx.rules.rule import Layout, StructuredChange
 from stn_fx.rules.structure import exact_change, row_scales
@@ -391,12 +392,17 @@ class GraphEmitter:
                 new = self.call(aten.detach.default, self.value(update))
                 self.call(aten.copy_.default, self._fetch("state", name), new)
         self.origin = None
-        results = node.args[0]
+        results = list(node.args[0]) + self._taps()
         values = [self.value(result) for result in results]
         if self.kind != "linearized":
             self.graph.output(values)
             return
         self.graph.output((values, [self.tangent(result) for result in results]))
+
+    def _taps(self) -> list[Node]:
+        """What terms of the loss look at; it follows behind the outputs."""
+        nodes = self.captured.graph.nodes if self.captured.training else ()
+        return [node for node in nodes if node.target is activation_tap]
 
 
 def _is_site(node: Node, rule: Rule) -> bool:

@@ -4,6 +4,7 @@ Inserted sites (DESIGN 3.11) stand where the standard recipes put them: on the b
 each activation, and before the classifier; or at the outputs of modules that the user names with a pattern.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from stn_fx.augment.image_format import ImageFormat
+from stn_fx.compiler.activation_sites import choose_activation_sites
 from stn_fx.compiler.capture import CapturedGraph
 from stn_fx.compiler.functionalize import module_path
 from stn_fx.compiler.input_sites import choose_input_sites
@@ -21,6 +23,7 @@ from stn_fx.hparams import Selection
 from stn_fx.hparams.pattern import matches
 from stn_fx.rules import Registry
 from stn_fx.rules.custom import reference
+from stn_fx.rules.recurrent import recurrent_layer
 
 aten = torch.ops.aten
 
@@ -50,6 +53,9 @@ def find_sites(captured: CapturedGraph, model: nn.Module, registry: Registry) ->
         rule: Any = registry.find(node)
         entry = node.meta.get("site_entry") or getattr(rule, "site", None)
         if entry is None or not rule.is_site(node):
+            continue
+        if node.target is torch.ops.stn_fx.own_augmentation.default:
+            found.append(FoundSite(node.args[1], node.args[2], node, rule.own_rate(node)))
             continue
         if "site_name" in node.meta:
             found.append(FoundSite(node.meta["site_name"], entry, node, rule.own_rate(node), inserted=True))
@@ -100,20 +106,37 @@ def choose_insertions(
     Raises:
         InputError: a selection acts on what pixels mean, and the input or its format does not allow that.
     """
-    insertions = choose_input_sites(captured, selections, image_format)
+    own = [each for each in selections if any(each.entry.name == s.entry and each.matches(s.name) for s in found)]
+    insertions = choose_input_sites(captured, [each for each in selections if each not in own], image_format)
+    insertions += choose_activation_sites(captured, selections)
     for selection in selections:
         entry = selection.entry.name
         if selection.entry.kind == "site" and selection.required:
             if any(site.entry == entry and selection.matches(site.name) for site in found):
                 continue
-            if selection.pattern is not None:
+            if entry == "weight_drop":
+                insertions += [each for each in _recurrent_layers(captured) if selection.matches(each.name)]
+            elif selection.pattern is not None:
                 apply = selection.entry.apply
-                arguments = () if apply is None else (reference(apply),)
+                arguments = () if apply is None else (reference(apply), selection.entry.per_batch)
                 outputs = _module_outputs(captured, model, entry, selection.pattern)
                 insertions += [replace(each, arguments=arguments) for each in outputs]
             elif not any(site.entry == entry for site in found):
                 insertions += _recipe(captured, entry)
     return insertions
+
+
+def _recurrent_layers(captured: CapturedGraph) -> Iterator[Insertion]:
+    """One site before each layer and direction of each recurrent network, named after its hidden weight."""
+    for node in captured.graph.nodes:
+        if node.target is recurrent_layer:
+            yield Insertion("weight_drop", _hidden_weight(node), node.args[2], (node,))
+
+
+def _hidden_weight(layer: Node) -> str:
+    """Qualified name of a recurrent layer's hidden weight."""
+    path, attribute = module_path(layer), layer.meta["weight_names"][6]
+    return f"{path}.{attribute}" if path else attribute
 
 
 def _module_outputs(captured: CapturedGraph, model: nn.Module, entry: str, pattern: str) -> list[Insertion]:

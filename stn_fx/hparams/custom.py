@@ -23,6 +23,9 @@ class CustomHyperparameter:
     On the input and on activations `apply(x, value, draws)` returns a tensor like `x`; `value` broadcasts against `x`,
     with one entry for each example, and everything random comes from `draws` (`stn_fx.augment.Draws`), by name. In the
     loss `apply(output, target, value)` returns a term to add, one for each example (B,) or their mean; `value` is (B,).
+    With `per_batch` the value is the same for all examples of a training batch, and `value` is a scalar (): for what
+    has no form with one value each, such as the size to which a batch is resized. It is then perturbed once for each
+    batch, so its response is learned from fewer draws, and a batch norm in training mode hides what is common to all.
     The function need not be differentiable in `value`: hypergradients flow through the response of the weights. On an
     activation it is differentiated in `x`.
 
@@ -36,6 +39,7 @@ class CustomHyperparameter:
         initial: value to start from, strictly between the bounds.
         scale: standard deviation of the perturbation, in raw space.
         discrete: whether the value is rounded to an integer.
+        per_batch: whether all examples of a batch have one value.
 
     Raises:
         OutOfBoundsError: `initial` is at or outside a bound.
@@ -52,6 +56,7 @@ class CustomHyperparameter:
     at: str | None = None
     scale: float = 0.5
     discrete: bool = False
+    per_batch: bool = False
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier():
@@ -86,6 +91,7 @@ class CustomHyperparameter:
             source="the user",
             pattern_over=over,
             apply=self.apply,
+            per_batch=self.per_batch,
         )
 
 

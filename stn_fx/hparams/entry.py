@@ -6,7 +6,7 @@ from typing import Any, Literal, Protocol
 
 from stn_fx.errors import InputError, UnknownHyperparameterError
 
-Kind = Literal["site", "input", "loss", "mixing"]
+Kind = Literal["site", "input", "loss", "mixing", "activation"]
 PatternOver = Literal["modules", "inputs", "weights"]
 Needs = Literal["floating", "image", "pixels", "colour", "tokens"]
 
@@ -109,8 +109,8 @@ class Entry:
 
     Attributes:
         name: what users write.
-        kind: where it acts: `site` (places inside the model), `input`, `loss`, or `mixing` (across the examples of a
-            batch, before the model).
+        kind: where it acts: `site` (places inside the model), `input`, `loss`, `mixing` (across the examples of a
+            batch, before the model), or `activation` (a term of the loss on outputs of modules that a pattern names).
         components: its scalars, at least one.
         description: one line.
         source: the paper or recipe that bounds and initial values come from.
@@ -119,6 +119,7 @@ class Entry:
             numbers have a known meaning, with 1 or 3 channels), `colour` (the same with 3), `tokens` (integers).
         options: settings that are chosen and not tuned.
         apply: what a hyperparameter of the user's own does; see `stn_fx.hparams.custom`.
+        per_batch: whether all examples of a batch have one value, which `apply` receives as a scalar.
     """
 
     name: str
@@ -130,6 +131,7 @@ class Entry:
     needs: Needs = "floating"
     options: tuple[Option, ...] = ()
     apply: Callable[..., Any] | None = None
+    per_batch: bool = False
 
     def component(self, name: str) -> Component:
         """The component of that name; KeyError where there is none."""

@@ -2,7 +2,7 @@
 
 import math
 
-from stn_fx.hparams.entry import Component, Entry, ImageSide, Option
+from stn_fx.hparams.entry import Component, Entry, ImageSide, Option, OwnRate
 from stn_fx.hparams.sources import DELTA_STN, STN, TIMM, TORCHVISION
 
 INPUT_DROPOUT = Entry(
@@ -47,7 +47,7 @@ GAUSSIAN_NOISE = Entry(
     name="gaussian_noise",
     kind="input",
     pattern_over="inputs",
-    components=(Component("std", low=0.0, high=1.0, initial=0.05, limits=(0.0, math.inf)),),
+    components=(Component("std", low=0.0, high=1.0, initial=OwnRate(0.05), limits=(0.0, math.inf)),),
     description="Gaussian noise added to the input, in the input's own units",
     source="Bishop 1995 (Neural Computation 7), noise of 0.1 and more for inputs of variance 1",
 )
@@ -70,7 +70,7 @@ ROTATION = Entry(
     kind="input",
     pattern_over="inputs",
     needs="image",
-    components=(Component("degrees", low=0.0, high=45.0, initial=5.0, limits=(0.0, 180.0)),),
+    components=(Component("degrees", low=0.0, high=45.0, initial=OwnRate(5.0), limits=(0.0, 180.0)),),
     description="largest angle of a random rotation",
     source="AutoAugment (Cubuk et al. 2018, arXiv 1805.09501): up to 30 degrees",
 )
@@ -110,7 +110,7 @@ HORIZONTAL_FLIP = Entry(
     kind="input",
     pattern_over="inputs",
     needs="image",
-    components=(Component("probability", low=0.0, high=1.0, initial=0.25, limits=(0.0, 1.0)),),
+    components=(Component("probability", low=0.0, high=1.0, initial=OwnRate(0.25), limits=(0.0, 1.0)),),
     description="probability that the image is mirrored",
     source=f"0.5 in {TORCHVISION} and {TIMM}; half of it to start, since not every data set is symmetric",
 )

@@ -3,6 +3,7 @@
 import math
 
 from stn_fx.hparams.entry import Component, Entry
+from stn_fx.hparams.sources import AWD_LSTM
 
 WEIGHT_DECAY = Entry(
     name="weight_decay",
@@ -38,4 +39,25 @@ CONFIDENCE_PENALTY = Entry(
     source="Pereyra et al. 2017 (arXiv 1701.06548), section 4: 0.1 for CIFAR-10 and digits",
 )
 
-LOSS_ENTRIES = (WEIGHT_DECAY, L1, LABEL_SMOOTHING, CONFIDENCE_PENALTY)
+ACTIVATION_REGULARIZATION = Entry(
+    name="activation_regularization",
+    kind="activation",
+    pattern_over="modules",
+    components=(Component("coefficient", low=0.0, high=10.0, initial=0.2, limits=(0.0, math.inf)),),
+    description="coefficient of the mean square of a module's output, after a dropout that is inserted there",
+    source=f"{AWD_LSTM}: 2 on the dropped output of the last LSTM layer; started at a tenth, activations differ",
+)
+
+TEMPORAL_ACTIVATION_REGULARIZATION = Entry(
+    name="temporal_activation_regularization",
+    kind="activation",
+    pattern_over="modules",
+    components=(Component("coefficient", low=0.0, high=10.0, initial=0.1, limits=(0.0, math.inf)),),
+    description="coefficient of the mean square change of a module's output from one time step to the next",
+    source=f"{AWD_LSTM}: 1 on the output of the last LSTM layer before its dropout; started at a tenth",
+)
+
+LOSS_ENTRIES = (
+    WEIGHT_DECAY, L1, LABEL_SMOOTHING, CONFIDENCE_PENALTY,
+    ACTIVATION_REGULARIZATION, TEMPORAL_ACTIVATION_REGULARIZATION,
+)  # fmt: skip

@@ -3,7 +3,7 @@
 import math
 
 from stn_fx.hparams.entry import Component, Entry, Option, OwnRate
-from stn_fx.hparams.sources import DELTA_STN
+from stn_fx.hparams.sources import AWD_LSTM, DELTA_STN
 
 DROPOUT = Entry(
     name="dropout",
@@ -36,4 +36,13 @@ DROP_PATH = Entry(
     pattern_over="modules",
 )
 
-MODEL_ENTRIES = (DROPOUT, DROP_PATH, NOISE)
+WEIGHT_DROP = Entry(
+    name="weight_drop",
+    kind="site",
+    components=(Component("rate", low=0.0, high=0.95, initial=0.2, limits=(0.0, 1.0)),),
+    description="probability that a hidden-to-hidden weight of nn.LSTM, nn.GRU or nn.RNN is dropped, for all steps",
+    source=f"{AWD_LSTM}: DropConnect of 0.5 (PTB) and 0.2 (WikiText-2); started at the lower",
+    pattern_over="modules",
+)
+
+MODEL_ENTRIES = (DROPOUT, DROP_PATH, NOISE, WEIGHT_DROP)

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 
 from stn_fx.errors import InputError, OutOfBoundsError
 from stn_fx.hparams.constraint import unconstrain
-from stn_fx.hparams.entry import Component, Default, SiteContext
+from stn_fx.hparams.entry import Component, Default, Entry, SiteContext
 from stn_fx.hparams.hyperparameter import Hyperparameter
 from stn_fx.hparams.selection import Selection
 
@@ -28,6 +28,7 @@ class ResolvedHyperparameter:
         initial: constrained value to start from, strictly inside.
         scale: initial standard deviation of the perturbation, in raw space.
         discrete: whether the value is rounded to an integer.
+        per_batch: whether all examples of a batch have one value.
 
     Raises:
         OutOfBoundsError: `initial` at or outside a bound.
@@ -42,6 +43,7 @@ class ResolvedHyperparameter:
     initial: float
     scale: float
     discrete: bool = False
+    per_batch: bool = False
 
     def __post_init__(self) -> None:
         if not -math.inf < self.low < self.high:
@@ -84,7 +86,7 @@ def resolve(
     return [
         _resolve_component(
             selection.name_of(component.name, place),
-            selection.entry.name,
+            selection.entry,
             component,
             selection.overrides.get(component.name, Hyperparameter(selection.entry.name)),
             context,
@@ -94,7 +96,7 @@ def resolve(
 
 
 def _resolve_component(
-    name: str, entry: str, component: Component, override: Hyperparameter, context: SiteContext
+    name: str, entry: Entry, component: Component, override: Hyperparameter, context: SiteContext
 ) -> ResolvedHyperparameter:
     def number(setting: float | None, default: float | Default) -> float:
         if setting is not None:
@@ -113,13 +115,14 @@ def _resolve_component(
         initial = _inside(initial, low, high)
     return ResolvedHyperparameter(
         name=name,
-        entry=entry,
+        entry=entry.name,
         component=component.name,
         low=low,
         high=high,
         initial=initial,
         scale=number(override.scale, component.scale),
         discrete=component.discrete if override.discrete is None else override.discrete,
+        per_batch=entry.per_batch,
     )
 
 

@@ -73,6 +73,11 @@ class HyperparameterSpace(nn.Module):
         """Full names in the order of the axis H."""
         return tuple(each.name for each in self.resolved)
 
+    @property
+    def per_batch(self) -> list[int]:
+        """Positions of the hyperparameters of which all examples of a batch have one value."""
+        return [position for position, each in enumerate(self.resolved) if each.per_batch]
+
     def index(self, name: str) -> int:
         """Position of a hyperparameter on the axis H; UnknownHyperparameterError with all names where there is none."""
         if name not in self._index:
@@ -130,6 +135,9 @@ class HyperparameterSpace(nn.Module):
 
     def sample(self, batch_size: int, generator: Generator | None = None) -> Tensor:
         """Raw values (B, H) perturbed by independent Gaussian noise for each example, reparametrised.
+
+        That is what the response pass takes. On the training graph a hyperparameter with one value per batch needs the
+        same number in all rows, as `stn_fx.bilevel.PerExample.inner` draws it.
 
         Args:
             batch_size: B.

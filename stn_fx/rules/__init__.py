@@ -13,6 +13,7 @@ __all__ = ["REGISTRY", "Registry", "Rule", "load_builtin_rules"]
 def load_builtin_rules() -> Registry:
     """Import every file of the built-in rules (each registers itself) and return the registry."""
     from stn_fx.rules import (  # noqa: F401  (imported for registration)
+        activation_terms,
         attention,
         convolution,
         custom,
@@ -26,10 +27,12 @@ def load_builtin_rules() -> Registry:
         noise,
         normalization,
         opaque,
+        own_augmentations,
         pooling,
         recurrent,
         structural,
         token_sites,
+        weight_drop,
     )
 
     return REGISTRY

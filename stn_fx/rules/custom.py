@@ -22,8 +22,8 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {}
 
 
 @marks(CUSTOM)
-def custom_site(x: Tensor, function: str) -> Tensor:
-    """Marks a value that the user's function, by its reference, acts on."""
+def custom_site(x: Tensor, function: str, per_batch: bool = False) -> Tensor:
+    """Marks a value that the user's function, by its reference, acts on; with one value for the batch, or for each."""
     return x
 
 
@@ -41,8 +41,12 @@ def reference(function: Callable[..., Any]) -> str:
 
 
 def apply_custom(function: str, x: Tensor, value: Tensor, layout: Any, draws: Draws, name: str) -> Tensor:
-    """The user's function on ``x`` with one value per example, (B,); its result must be like ``x``."""
-    result = _function(function)(x, align(value.to(x.dtype), layout, x.ndim), draws)
+    """The user's function on ``x`` with one value per example, (B,); its result must be like ``x``.
+
+    Without a layout the function has one value for the whole batch, the same in all rows.
+    """
+    value = value.to(x.dtype)
+    result = _function(function)(x, value[0] if layout is None else align(value, layout, x.ndim), draws)
     if not isinstance(result, Tensor) or result.shape != x.shape or result.dtype != x.dtype:
         got = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
         raise InputError(f"{function} must return a tensor like its input ({x.dtype} {tuple(x.shape)}), not {got}.")
@@ -94,7 +98,8 @@ class CustomRule(Rule):
         return 0.0
 
     def _apply(self, emit: Emitter, node: Node, draws: Node) -> tuple[Node, tuple[Any, ...]]:
-        options = (emit.rate(node), emit.layout(node), draws, emit.site_name(node))
+        layout = None if len(node.args) > 2 and node.args[2] else emit.layout(node)
+        options = (emit.rate(node), layout, draws, emit.site_name(node))
         return emit.call(apply_custom, node.args[1], emit.value(node.args[0]), *options), options
 
     def base(self, emit: Emitter, node: Node) -> Any:

@@ -133,7 +133,7 @@ def opaque_linearized(
     inputs: list[Tensor], tangents: list[Tensor | None], key: int, training: bool, autocast: torch.dtype | None
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """(outputs, tangents) of the module; an output that is not floating has no tangent."""
-    generators = _generator_states(inputs)
+    generators = generator_states(inputs)
     active = [i for i, tangent in enumerate(tangents) if tangent is not None]
     floating = [i for i in active if differentiable(inputs[i])]
 
@@ -141,7 +141,7 @@ def opaque_linearized(
         arguments = list(inputs)
         for index, value in zip(floating, values, strict=True):
             arguments[index] = value
-        with _repeated_draws(generators):
+        with repeated_draws(generators):
             return tuple(opaque_function(arguments, key, training, autocast))
 
     with torch.no_grad():
@@ -200,7 +200,7 @@ def _autocast(inputs: list[Tensor], dtype: torch.dtype | None) -> contextlib.Abs
     return contextlib.nullcontext() if dtype is None else torch.autocast(device, dtype)
 
 
-def _generator_states(inputs: list[Tensor]) -> list[tuple[int | None, Tensor]]:
+def generator_states(inputs: list[Tensor]) -> list[tuple[int | None, Tensor]]:
     """States of the global generators that a module on these devices may draw from; the CPU's has no index."""
     states: list[tuple[int | None, Tensor]] = [(None, torch.get_rng_state())]
     for index in {tensor.device.index for tensor in inputs if tensor.is_cuda}:
@@ -209,7 +209,7 @@ def _generator_states(inputs: list[Tensor]) -> list[tuple[int | None, Tensor]]:
 
 
 @contextlib.contextmanager
-def _repeated_draws(states: list[tuple[int | None, Tensor]]) -> Iterator[None]:
+def repeated_draws(states: list[tuple[int | None, Tensor]]) -> Iterator[None]:
     """The global generators as they were at ``states``, and afterwards as they are now."""
     with torch.random.fork_rng(devices=[index for index, _ in states if index is not None]):
         for index, state in states:

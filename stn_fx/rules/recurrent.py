@@ -16,6 +16,7 @@ from stn_fx.rules.layout import align
 from stn_fx.rules.recurrent_response import recurrent_response
 from stn_fx.rules.recurrent_tangent import recurrent_tangent
 from stn_fx.rules.rule import REGISTRY, Emitter, Layout, Rule
+from stn_fx.rules.weight_drop import dropped_layer, dropped_tangent, hidden_mask, weight_drop_site
 
 aten = torch.ops.aten
 
@@ -82,8 +83,29 @@ class RecurrentRule(Rule):
         """Of the results, only those that are used have a layout."""
         return [node.args[2], *node.users]  # type: ignore[list-item]
 
+    def base(self, emit: Emitter, node: Node) -> Any:
+        mask = self._mask(emit, node)
+        return emit.copy(node) if mask is None else self._dropped(emit, node, (None,) * 5, mask)
+
+    def _mask(self, emit: Emitter, node: Node) -> Any:
+        """Mask of the hidden weights; None where no weight drop acts."""
+        site = node.args[2]
+        rate = emit.rate(site) if getattr(site, "target", None) is weight_drop_site else None  # type: ignore[arg-type]
+        if rate is None:
+            return None
+        layout, name = self._row_layout(emit, node), emit.site_name(site)  # type: ignore[arg-type]
+        return emit.call(hidden_mask, emit.value(node.args[6]), rate, layout, emit.draws, name)
+
+    def _dropped(self, emit: Emitter, node: Node, changes: tuple[Any, ...], mask: Any) -> Any:
+        mode, reverse, *states = node.args[:5]
+        weights = tuple(emit.value(weight) for weight in node.args[5:])
+        return emit.call(dropped_layer, mode, reverse, *map(emit.value, states), weights, changes, mask)
+
     def respond(self, emit: Emitter, node: Node) -> Any:
         changes = self._changes(emit, node, stacks_are_values=True)
+        mask = self._mask(emit, node)
+        if mask is not None:
+            return self._dropped(emit, node, changes, mask)
         if not any(change is not None for change in changes):
             return emit.copy(node)
         mode, reverse, *states = node.args[:5]
@@ -99,13 +121,19 @@ class RecurrentRule(Rule):
                 f"{emit.site_name(node)}: the weights of a recurrent network are computed from the examples, which has "
                 f"no linearization here. Remedy: write that network as a loop over its cells (nn.LSTMCell)."
             )
-        primal = emit.call(recurrent_primal, mode, reverse, *primals, *weights)
         changes = self._changes(emit, node, stacks_are_values=False)
+        mask = self._mask(emit, node)
+        if mask is None:
+            primal = emit.call(recurrent_primal, mode, reverse, *primals, *weights)
+        else:
+            primal = self._dropped(emit, node, (None,) * 5, mask)
         if not any(each is not None for each in (*changes, *tangents)):
             return primal, None
-        tangent = emit.call(
-            recurrent_tangent, mode, reverse, primals, tangents, emit.item(primal, 0), weights, changes
-        )  # fmt: skip
+        if mask is None:
+            arguments = (mode, reverse, primals, tangents, emit.item(primal, 0), weights, changes)
+            tangent = emit.call(recurrent_tangent, *arguments)
+        else:
+            tangent = emit.call(dropped_tangent, mode, reverse, primals, tangents, weights, changes, mask)
         return primal, [emit.item(tangent, index) for index in range(3 if mode == "lstm" else 2)]
 
     def _changes(self, emit: Emitter, node: Node, stacks_are_values: bool) -> tuple[Any, ...]:

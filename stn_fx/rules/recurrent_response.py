@@ -35,13 +35,13 @@ def recurrent_response(
     for gates in gates_x.unbind(0):
         if mode == "gru":
             gates_h = add_changed_product(_affine(hidden, w_hh, bias_h), hidden, w_hh_change)
-            hidden = _gru_step(gates, gates_h, hidden)
+            hidden = gru_step(gates, gates_h, hidden)
         else:
             gates = add_changed_product(torch.addmm(gates, hidden, w_hh.t()), hidden, w_hh_change)
             if cell is None:
                 hidden = gates.tanh() if mode == "tanh" else gates.relu()
             else:
-                hidden, cell = _lstm_step(gates, cell)
+                hidden, cell = lstm_step(gates, cell)
                 if w_hr is not None:
                     hidden = add_changed_product(F.linear(hidden, w_hr), hidden, w_hr_change)
         outputs.append(hidden)
@@ -53,13 +53,15 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight) if bias is None else torch.addmm(bias, x, weight.t())
 
 
-def _gru_step(gates_x: Tensor, gates_h: Tensor, hidden: Tensor) -> Tensor:
+def gru_step(gates_x: Tensor, gates_h: Tensor, hidden: Tensor) -> Tensor:
+    """Next hidden state of a GRU from the gates of input and hidden state."""
     (reset_x, update_x, new_x), (reset_h, update_h, new_h) = gates_x.chunk(3, -1), gates_h.chunk(3, -1)
     new = torch.addcmul(new_x, torch.sigmoid(reset_x + reset_h), new_h).tanh()
     return torch.lerp(new, hidden, torch.sigmoid(update_x + update_h))
 
 
-def _lstm_step(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+def lstm_step(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    """Next hidden and cell state of an LSTM."""
     enter, forget, candidate, leave = gates.chunk(4, -1)
     cell = torch.addcmul(forget.sigmoid() * cell, enter.sigmoid(), candidate.tanh())
     return leave.sigmoid() * cell.tanh(), cell

@@ -5,7 +5,7 @@ the captured graph is run instead, with that tensor's value changed.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,8 @@ class Judge:
         self.graph = self.captured.training if training else self.captured.evaluation
         where = compiled.plan.effective.get("training" if training else "evaluation", {})
         self.nodes = {node: name for node, name in where.items() if name in self.effective}
+        augmented = [n for n in self.graph.graph.nodes if n.target is torch.ops.stn_fx.own_augmentation.default]
+        self.augmentations = [self.model.get_submodule(str(node.args[1])) for node in augmented]
         # Forward mode would give a silent zero for them.
         self.differences = any(is_foreign(node) for node in self.graph.graph.nodes) or any(
             not leaf.forward_mode for leaf in self.captured.opaque
@@ -106,7 +108,7 @@ class Judge:
             with (
                 torch.no_grad(),
                 sdpa_kernel(SDPBackend.MATH),
-                nothing_dropped(self.model),
+                nothing_dropped(self.model, self.augmentations),
                 batch_statistics(self.model),
             ):
                 yield
@@ -122,9 +124,10 @@ def floating(output: Any) -> list[Tensor]:
 
 
 @contextmanager
-def nothing_dropped(model: nn.Module) -> Iterator[None]:
-    """Every dropout is the identity, however the model calls it."""
-    patched = [m for m in model.modules() if marked_forward(m) is not None and "forward" not in vars(m)]
+def nothing_dropped(model: nn.Module, augmentations: Iterable[nn.Module] = ()) -> Iterator[None]:
+    """Every dropout is the identity, however the model calls it, and so are these augmentations."""
+    found = {m for m in model.modules() if marked_forward(m) is not None} | set(augmentations)
+    patched = [m for m in found if "forward" not in vars(m)]
     for module in patched:
         module.__dict__["forward"] = lambda x: x
     try:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from stn_fx.compiler.activation_sites import activation_terms
 from stn_fx.rules.as_found import buffers_as_found
 from stn_fx.verify.held import Held
 from stn_fx.verify.judge import Changes, Judge, floating
@@ -141,7 +142,9 @@ def training_graph(trial: Trial) -> Found:
 def sites(trial: Trial, attempts: int = 4) -> Found:
     """With all rates at zero except in row j, exactly row j changes; the error is the number of wrong rows."""
     stn = trial.stn
-    columns = {stn.hparams.index(name) for site in stn.compiled.plan.sites for _, name in site.hyperparameters}
+    terms = {name for _, name in activation_terms(stn.compiled.plan.sites)}  # these act in the loss only
+    names = {name for site in stn.compiled.plan.sites for _, name in site.hyperparameters}
+    columns = {stn.hparams.index(name) for name in names - terms} - set(stn.hparams.per_batch)
     if not columns:
         return None, "no hyperparameter acts at a site"
     stn.train()
