@@ -149,3 +149,26 @@ def test_what_a_forward_detaches_is_no_false_alarm() -> None:
     x = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     assert stn_fx.check(stn_fx.transform(Gated(), "weight_decay", (x,)), x).passed
+
+
+class Noisy(nn.Module):
+    """Draws numbers of its own in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.drop, self.head = nn.Linear(5, 6), nn.Dropout(0.2), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x).tanh()
+        if self.training:
+            x = (x + 0.1 * torch.randn_like(x)) * (1 + 0.1 * torch.rand_like(x))
+        return self.head(self.drop(x))
+
+
+def test_random_numbers_of_the_models_own_are_no_false_alarm() -> None:
+    x = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    stn = stn_fx.transform(Noisy(), "dropout,weight_decay", (x,))
+    before = torch.get_rng_state()
+    assert stn_fx.check(stn, x).passed
+    assert torch.equal(before, torch.get_rng_state())

@@ -34,6 +34,12 @@ from stn_fx.rules.structure import exact_change, row_scales
 from stn_fx.rules.tangent import differentiable, linearize
 
 aten = torch.ops.aten
+_CONSTANT = {
+    aten.rand_like.default, aten.randn_like.default, aten.zeros_like.default, aten.ones_like.default,
+    aten.empty_like.default, aten.full_like.default, aten.new_zeros.default, aten.new_ones.default,
+    aten.new_full.default, aten.new_empty.default, aten.bernoulli.default, aten.bernoulli.p,
+}  # fmt: skip
+"""Their values do not change with those of their inputs; asked for a derivative, the random ones would draw again."""
 SIGNATURE = ("state", "response", "values", "delta", "draws")
 
 
@@ -143,7 +149,7 @@ class GraphEmitter:
         """An operator without a rule: forward by jvp and backward by vjp of the operator itself."""
         leaves, _ = pytree.tree_flatten((list(node.args), dict(node.kwargs)))
         tangents = [self.tangent(leaf) for leaf in leaves if self._is_tensor(leaf)]
-        if all(tangent is None for tangent in tangents) or not self.floating(node):
+        if all(tangent is None for tangent in tangents) or not self.floating(node) or node.target in _CONSTANT:
             return None
         arguments, options = self._call_arguments(node)
         outputs = node.meta.get("val")

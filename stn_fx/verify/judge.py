@@ -23,7 +23,7 @@ from stn_fx.compiler.stand_ins import AllLayersRun
 from stn_fx.rules.drop_path import marked_forward
 from stn_fx.rules.slots import slots
 from stn_fx.rules.tangent import load_forward_mode
-from stn_fx.verify.subject import Inputs
+from stn_fx.verify.subject import Inputs, same_draws
 
 if TYPE_CHECKING:
     from stn_fx.transform import SelfTuningModule
@@ -72,6 +72,7 @@ class Judge:
 
     def _run(self, inputs: Inputs, changes: Changes) -> list[Tensor]:
         args, kwargs = inputs
+        same_draws()
         if self.effective & changes.keys():
             return floating(self._run_graph(inputs, changes))
         owner = {id(p): name for name, p in self.model.named_parameters()}

@@ -18,7 +18,7 @@ from stn_fx.rules.as_found import buffers_as_found
 from stn_fx.verify.held import Held
 from stn_fx.verify.judge import Changes, Judge, floating
 from stn_fx.verify.own_rates import own_rates_off
-from stn_fx.verify.subject import Inputs, rows_of
+from stn_fx.verify.subject import Inputs, rows_of, same_draws
 
 if TYPE_CHECKING:
     from stn_fx.transform import SelfTuningModule
@@ -51,6 +51,7 @@ class Trial:
     def call(self, function: Callable[..., Any], **options: Any) -> Any:
         """``function`` on the trial's inputs."""
         args, kwargs = self.inputs
+        same_draws()
         return function(*args, **kwargs, **options)
 
     def example(self, i: int) -> Inputs:
@@ -161,8 +162,7 @@ def sites(trial: Trial, attempts: int = 4) -> Found:
             moved: set[int] = set()
             for _ in range(attempts):  # a branch may be kept by chance
                 state = generator.get_state()  # the same draws where no hyperparameter acts
-                with torch.random.fork_rng():  # opaque leaves draw from the global generator
-                    still, _ = trial.call(stn.linearize, raw=off)
+                still, _ = trial.call(stn.linearize, raw=off)
                 generator.set_state(state)
                 output, _ = trial.call(stn.linearize, raw=raw_BH)
                 for i in range(trial.batch):

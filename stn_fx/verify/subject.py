@@ -54,6 +54,11 @@ def split_inputs(inputs: Any) -> Inputs:
     raise InputError(f"check needs a batch: a tensor, a tuple or a dict of inputs, not a {type(inputs).__name__}.")
 
 
+def same_draws() -> None:
+    """Begin every run with the same random numbers: some models draw their own (augmentations, noise)."""
+    torch.manual_seed(0)
+
+
 def randomise_constants(model: nn.Module, generator: torch.Generator) -> None:
     """Draw every parameter whose entries are all equal, and every running statistic, at random."""
 
