@@ -37,7 +37,8 @@ SAMPLE: dict[tuple[str, str], set[str]] = {
 
 OTHER_RULES = {
     "ColourRule", "CustomRule", "CutoutRule", "FloatingInputRule", "GaussianBlurRule", "GeometryRule", "NoiseRule",
-    "OpaqueRule", "RandomErasingRule", "SpanMaskingRule", "WordDropoutRule",
+    "OpaqueRule", "RandomErasingRule", "SpanMaskingRule", "WordDropoutRule", "ActivationTapRule", "OwnAugmentationRule",
+    "WeightDropRule",
 }  # fmt: skip
 """For what stn_fx inserts or leaves as it is; no model has these operators."""
 
