@@ -34,6 +34,7 @@ from stn_fx.compiler.recurrent_networks import expand_recurrent_networks
 from stn_fx.compiler.stand_ins import AllLayersRun, EvenChunks, functions_stand_in, stand_in
 from stn_fx.errors import CaptureError, InputError
 from stn_fx.rules.as_found import buffers_as_found, left_as_found
+from stn_fx.rules.layout import BatchLayout
 from stn_fx.rules.opaque import OpaqueLeaf
 
 aten = torch.ops.aten
@@ -48,7 +49,7 @@ class CapturedGraph:
     ``state``: placeholder name -> qualified name of a parameter, buffer or constant; ``inputs``: placeholder names of
     the flattened user inputs, in order; ``buffer_updates``: qualified name of a buffer -> node of its new value;
     ``batch_symbol``: the symbol of the batch size in the shapes; ``module_outputs``: name of a module that was asked
-    for -> its outputs, one for each call.
+    for -> its outputs, one for each call; ``layouts``: number of nodes and their layouts, once they were analysed.
     """
 
     graph: Graph
@@ -59,6 +60,7 @@ class CapturedGraph:
     batch_symbol: Any
     output_spec: pytree.TreeSpec
     module_outputs: dict[str, list[Node]] = field(default_factory=dict)
+    layouts: tuple[int, dict[Node, BatchLayout]] | None = None
 
     def unflatten(self, outputs: list[Any]) -> Any:
         """The outputs in the structure that the user's model returns."""

@@ -23,6 +23,7 @@ from stn_fx.rules.tangent import differentiable
 
 aten = torch.ops.aten
 PROBE_EXAMPLES, POISONED = 3, 1
+PERIOD = 8191
 
 _IDENTITIES = {
     aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default,
@@ -31,7 +32,10 @@ _IDENTITIES = {
 
 
 def analyse_layouts(captured: CapturedGraph, model: CapturedModel, state: dict[str, Tensor]) -> dict[Node, BatchLayout]:
-    """Layout of every node that carries the batch and whose layout is decided."""
+    """Layout of every node that carries the batch and whose layout is decided; found once for a graph."""
+    size = len(captured.graph.nodes)
+    if captured.layouts is not None and captured.layouts[0] == size:  # nothing was inserted since
+        return captured.layouts[1]
     rows = _poisoned_rows(captured, model, state)
     layouts = {}
     for node in captured.graph.nodes:
@@ -43,6 +47,7 @@ def analyse_layouts(captured: CapturedGraph, model: CapturedModel, state: dict[s
         if layout is not None:
             layouts[node] = layout
     _agree_with_users(layouts, rows)
+    captured.layouts = (size, layouts)
     return layouts
 
 
@@ -247,8 +252,16 @@ def _probe_placeholder(
     if isinstance(state[captured.state[node.name]], torch.nn.Parameter) and tensor.is_floating_point():
         # Positive, so that nothing cancels; layers keep the size of values, since an overflow would look like poison.
         fan_in = tensor.numel() / max(1, tensor.shape[0]) if tensor.ndim > 1 else 1.0
-        return torch.rand(tensor.shape, generator=generator).add_(0.5).div_(fan_in).to(tensor)
+        return _varied(tensor, 1 / fan_in, generator)
     return tensor.clone()
+
+
+def _varied(like: Tensor, scale: float, generator: torch.Generator) -> Tensor:
+    """Random numbers from 0.5 to 1.5 times ``scale``, repeated with a prime period: drawing all would take longer than
+    all the rest of an analysis of large layers.
+    """
+    few = torch.rand(min(PERIOD, like.numel()), generator=generator).add_(0.5).mul_(scale).to(like)
+    return few.repeat(-(-like.numel() // max(1, len(few))))[: like.numel()].view(like.shape)
 
 
 def run_node(node: Node, env: dict[Node, Any], fixed_statistics: bool = True) -> Any:

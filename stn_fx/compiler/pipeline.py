@@ -272,6 +272,7 @@ def _common_axes(flat: list[Any], axis: int) -> list[int | None] | None:
 def _outputs_are_decided(model: nn.Module, captured: CapturedModel) -> tuple[bool, str]:
     """Whether the examples are independent in the first output; if not, where they meet, as far as can be seen."""
     graph = captured.evaluation
+    _infer_missing_values(graph)
     layouts = analyse_layouts(graph, captured, state_tensors(model, captured))
     output = next(node for node in graph.graph.nodes if node.op == "output")
     batched = [

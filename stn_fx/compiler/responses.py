@@ -1,9 +1,10 @@
 """The response parameters that a plan asks for."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stn_fx.compiler.plan import ParameterPlan, Plan
 from stn_fx.rules.structure import Exact, LowRankResponse, Response, RowWise
@@ -21,17 +22,30 @@ def build_responses(plan: Plan, model: nn.Module, generator: torch.Generator) ->
     parameters = dict(model.named_parameters())
     responses = {}
     for each in plan.parameters:
-        response = _response(each, len(plan.hyperparameters))
-        if response is None:
-            continue
         weight = parameters.get(each.name)
         like = reference if weight is None else weight
+        with _made_like(like):
+            response = _response(each, len(plan.hyperparameters))
+        if response is None:
+            continue
         response.to(device=like.device, dtype=like.dtype)
         response.initialise(generator)
         if each.padding_row is not None:
             response.silence(each.padding_row)
         responses[each.name] = response
     return responses
+
+
+@contextlib.contextmanager
+def _made_like(tensor: Tensor) -> Iterator[None]:
+    """New tensors have this one's device and dtype: responses are as large as the model, and a cast would copy them."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(tensor.dtype if tensor.is_floating_point() else before)
+    try:
+        with tensor.device:
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def planned_shapes(plan: Plan) -> dict[str, dict[str, torch.Size]]:
