@@ -1,6 +1,6 @@
 """Does tuning find the weight decay of ridge regression, from every seed, and what does the start of the response do?
 
-    python examples/benchmarks/ridge.py                                   # a minute
+    python examples/benchmarks/ridge.py                                   # some minutes
     python examples/benchmarks/ridge.py --initial 0.005 --seeds 0 1 2 3 4 5 6 7 8 9
 
 The best weights for a weight decay, and so the best weight decay, are known in closed form. Told is the validation loss
