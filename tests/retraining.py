@@ -138,7 +138,7 @@ def learn_response(stn, objective: Objective, problem: Problem) -> None:
     for _ in range(STEPS):
         size = len(batch.content[-1])
         raw_BH = PerExample().inner(stn.hparams, Rows(0, size, size), stn.generator()).detach()
-        response_update(stn, objective, updater, batch, raw_BH, nullcontext())
+        response_update(stn, objective, updater, batch, [raw_BH], nullcontext())
         schedule.step()
 
 

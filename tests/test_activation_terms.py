@@ -2,6 +2,7 @@
 
 import importlib.util
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from stn_fx.bilevel import STN, Linearized, OnFraction, WithoutLinearization
 from stn_fx.bilevel.algorithm import training_mode
 from stn_fx.bilevel.apply import Updater
 from stn_fx.bilevel.objective import as_objective
-from stn_fx.bilevel.updates import base_update, named_values, perturbed_update, response_update
+from stn_fx.bilevel.updates import base_update, named_values, perturbed_response_loss, response_update
 from stn_fx.compiler.emit import emit
 from stn_fx.errors import BatchLayoutError, InputError, UnknownHyperparameterError
 from stn_fx.rules.activation_terms import mean_square, mean_square_change
@@ -140,10 +141,11 @@ def test_gradients_are_those_of_the_loss_written_out(kind, batch_first, last_sta
         primals, tangents = jvp(lambda w, own=own: stepped(model, w, own), (weights,), (changes,))
         linearized.append([p + t for p, t in zip(primals, tangents, strict=True)])
         perturbed.append(stepped(model, {name: w + changes[name] for name, w in weights.items()}, own))
-    for update, rows in ((response_update, linearized), (perturbed_update, perturbed)):
+    without_linearization = partial(response_update, response_loss=perturbed_response_loss)
+    for update, rows in ((response_update, linearized), (without_linearization, perturbed)):
         scores, activation = (torch.cat(parts) for parts in zip(*rows, strict=True))
         loss = explicit_loss(scores, activation, targets, values)
-        found = gradients_of(update, stn, stn.response_parameters(), batch, raw_BH)
+        found = gradients_of(update, stn, stn.response_parameters(), batch, [raw_BH])
         check(found, loss, stn.response_parameters())
 
 

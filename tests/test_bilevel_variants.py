@@ -91,7 +91,7 @@ def test_the_response_is_learned_in_every_kth_step():
     stn, steps = make_fake(response_step=EveryKth(Linearized(), 3))
     records = [steps.inner_step(BATCH) for _ in range(7)]
     assert [record.response_loss is not None for record in records] == [True, False, False, True, False, False, True]
-    assert [name for name, _ in stn.calls].count("linearize") == 3
+    assert [name for name, _ in stn.calls].count("linearize") == 2 * 3  # a perturbation and its opposite
     other = EveryKth(Linearized(), 3)
     other.load_state_dict(steps.response_step.state_dict())
     assert other(steps, steps.prepare(BATCH)) is None
@@ -259,3 +259,65 @@ def test_learning_the_response_does_not_touch_the_training_of_the_model():
         trained.append(model.state_dict())
     for name, tensor in trained[0].items():
         assert torch.equal(tensor, trained[1][name]), name
+
+
+def response_gradients(step, stn, batch, draws):
+    """Gradients (draws, parameters) of response updates that change nothing."""
+    steps = DeltaSTN(stn, response_optimizer=partial(SGD, lr=0.0), response_step=step)
+    batch, found = steps.prepare(batch), []
+    for _ in range(draws):
+        steps.response_step(steps, batch)
+        found.append(torch.cat([p.grad.flatten() for p in stn.response_parameters()]))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("way", [Linearized, WithoutLinearization])
+def test_antithetic_perturbations_leave_the_gradient_and_take_most_of_its_noise(way):
+    x, y = torch.randn(16, 6).double(), torch.randint(0, 3, (16,))
+    both, single = (
+        response_gradients(way(antithetic), wrapped(hparams="dropout"), (x, y), draws=400)
+        for antithetic in (True, False)
+    )
+    error = ((both.var(0) + single.var(0)) / 400).sqrt()
+    assert ((both.mean(0) - single.mean(0)).abs() < 5 * error + 1e-12).all()
+    # Two passes instead of one halve the variance by themselves.
+    assert both.var(0).sum() < 0.25 * single.var(0).sum()
+
+
+class Noisy(nn.Module):
+    """Draws random numbers of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.first(x).tanh()
+        return self.second(h + torch.randn_like(h))
+
+
+def test_the_opposite_perturbation_sees_the_same_masks_and_the_models_own_random_numbers():
+    torch.manual_seed(0)
+    x, y = torch.randn(5, 6).double(), torch.randint(0, 3, (5,))
+    stn = stn_fx.transform(Noisy().double(), "dropout", (x,), seed=0).train()
+    seen, linearize = [], stn.linearize
+    stn.linearize = lambda *inputs, raw: seen.append((raw, *linearize(*inputs, raw=raw))) or seen[-1][1:]
+    steps = DeltaSTN(stn, response_step=Linearized())
+    with torch.no_grad():
+        stn.hparams.raw.fill_(1.0)  # high rates, so that other masks would show
+        stn.hparams.raw_scale.fill_(-12.0)  # perturbations so small that no mask changes
+    steps.inner_step((x, y))
+    (raw, primal, _), (opposite, again, _) = seen
+    torch.testing.assert_close(raw + opposite, 2 * stn.hparams.raw.detach().expand_as(raw))
+    assert not torch.equal(raw, opposite)
+    torch.testing.assert_close(primal, again, rtol=1e-4, atol=1e-4)
+    steps.inner_step((x, y))
+    assert not torch.allclose(seen[2][1], primal, rtol=1e-2, atol=1e-2)
+
+
+def test_the_opposite_of_a_global_sample_lies_on_the_other_side_of_the_initial_value():
+    space = make_space()
+    raw_BH = GlobalSampling(0.5).inner(space, Rows(0, 6, 6), torch.Generator().manual_seed(0))
+    initial_H = torch.tensor([each.raw_initial() for each in space.resolved], dtype=torch.float64)
+    middle_BH = (raw_BH + GlobalSampling(0.5).opposite(space, raw_BH)) / 2
+    torch.testing.assert_close(middle_BH, initial_H.expand(6, 2))

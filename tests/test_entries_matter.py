@@ -116,7 +116,7 @@ def test_the_response_predicts_what_retraining_gives(entry):
     batch = objective.batch((x.repeat(16, 1, 1, 1), y.repeat(16)), torch.device("cpu"))
     for _ in range(STEPS):
         raw_BH = stn.hparams.sample(len(batch.inputs[0]), generator=stn.generator()).detach()
-        response_update(stn, objective, updater, batch, raw_BH, nullcontext())
+        response_update(stn, objective, updater, batch, [raw_BH], nullcontext())
         schedule.step()
     loss = F.mse_loss(stn.respond(x_valid)[0], y_valid)
     predicted = torch.autograd.grad(loss, stn.hparams.raw)[0].item()

@@ -1,6 +1,7 @@
 """From a loss to a step of the optimizers: accumulated, clipped, and only if everything is finite."""
 
 import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -105,11 +106,18 @@ class Updater:
         """Everything that the optimizers move."""
         return [p for optimizer in self.optimizers for each in optimizer.param_groups for p in each["params"]]
 
-    def apply(self, loss: Tensor, what: str, share: float = 1.0, decay: Decay | None = None) -> Outcome:
+    def apply(
+        self,
+        loss: Tensor | Sequence[Callable[[], Tensor]],
+        what: str,
+        share: float = 1.0,
+        decay: Decay | None = None,
+    ) -> Outcome:
         """Add the gradient of a loss; step when enough are gathered and all were finite.
 
         Args:
-            loss: scalar.
+            loss: scalar; or functions that compute one each, whose mean counts. Each is differentiated before the next
+                is called, so that they need the memory of one.
             what: its name, for errors.
             share: weight of this process, see `Rows.share`.
             decay: weight decay, which counts as part of the loss.
@@ -118,32 +126,43 @@ class Updater:
             InputError: the loss depends on nothing that is trained.
             DivergedError: more losses in a row than `skip_limit` were not finite, or had a gradient that was not.
         """
+        if self._gathered == 0:
+            self._forget()
+        losses = [lambda: loss] if isinstance(loss, Tensor) else loss
+        factor = share / self.accumulate
+        value = 0.0 if decay is None else decay.value.item()
+        for compute in losses:
+            value += self._differentiate(compute(), what, factor / len(losses)) / len(losses)
+            if not math.isfinite(value):
+                break
+        unusable = float(not math.isfinite(value))
+        if self.replicas.count > 1:
+            device = self.parameters[0].device
+            total, unusable = self.replicas.sums([share * value, unusable], device)
+            value = total / self.replicas.count
+        reason = None
+        if unusable:
+            reason = f"the {what} is {value}"
+        elif decay is not None:
+            decay.add_gradient(factor, self.parameters)
+        self._gathered += 1
+        self._spoilt = self._spoilt or reason
+        if self._gathered == self.accumulate:
+            reason = self._step(what, value)
+        return Outcome(value, reason)
+
+    def _differentiate(self, loss: Tensor, what: str, factor: float) -> float:
+        """Add the gradient of one loss where it is finite; its value."""
         if not loss.requires_grad:
             raise InputError(
                 f"The {what} does not depend on the model's output in a differentiable way (detached, converted, or "
                 f"made of integers?), so there is nothing to learn from. Compute it from the output with torch "
                 f"operations."
             )
-        value, unusable = (loss.detach() if decay is None else loss.detach() + decay.value).item(), 0.0
-        if not math.isfinite(value):
-            unusable = 1.0
-        if self.replicas.count > 1:
-            total, unusable = self.replicas.sums([share * value, unusable], loss.device)
-            value = total / self.replicas.count
-        if self._gathered == 0:
-            self._forget()
-        reason = None
-        if unusable:
-            reason = f"the {what} is {value}"
-        else:
-            (loss * (share / self.accumulate)).backward(inputs=self.parameters)
-            if decay is not None:
-                decay.add_gradient(share / self.accumulate, self.parameters)
-        self._gathered += 1
-        self._spoilt = self._spoilt or reason
-        if self._gathered == self.accumulate:
-            reason = self._step(what, value)
-        return Outcome(value, reason)
+        value = loss.item()
+        if math.isfinite(value):
+            (loss * factor).backward(inputs=self.parameters)
+        return value
 
     def _step(self, what: str, value: float) -> str | None:
         """Step if what was gathered is finite, else tell why not; begin to gather anew."""

@@ -71,6 +71,15 @@ class Generators:
                     _set(generator, saved[path])
 
 
+def default_generators(device: torch.device) -> list[torch.Generator]:
+    """Torch's global generators that a model on this device may draw from."""
+    found = [torch.default_generator]
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        found.append(torch.cuda.default_generators[index])
+    return found
+
+
 def generators_in(holder: Any) -> Iterator[tuple[str, Any]]:
     """Every generator in the attributes of an object, with the path that leads to it; each once."""
     seen: set[int] = set()

@@ -6,11 +6,15 @@
 | `WithoutLinearization` | the perturbed network itself, base detached | its ablation in the same paper |
 | `EveryKth(step, k)` | another way, in every k-th inner step only | cheaper |
 | `OnFraction(step, p)` | another way, on a fraction of the batch | cheaper |
+
+The first two take antithetic perturbations: each batch passes at a perturbation and at its opposite, with the same
+masks. What the response learns from is how the gradient of the weights *changes* with the hyperparameters, and that is
+small beside the gradient itself, which the papers' single draw multiplies with the perturbation: noise, which in the
+difference of the two passes cancels.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +24,19 @@ from torch.utils._pytree import tree_map
 
 from stn_fx.bilevel.apply import Outcome
 from stn_fx.bilevel.batch import Batch, batch_size
-from stn_fx.bilevel.updates import perturbed_update, response_update
+from stn_fx.bilevel.generators import default_generators
+from stn_fx.bilevel.objective import Objective
+from stn_fx.bilevel.updates import (
+    Precision,
+    linearized_response_loss,
+    perturbed_response_loss,
+    response_update,
+)
 from stn_fx.errors import InputError
 
 if TYPE_CHECKING:
     from stn_fx.bilevel.steps import DeltaSTN
-
-Update = Callable[..., Outcome]
+    from stn_fx.transform import SelfTuningModule
 
 
 class ResponseStep(ABC):
@@ -45,18 +55,53 @@ class ResponseStep(ABC):
         assert not state, "a way with a state reads it"
 
 
-class Linearized(ResponseStep):
+class _Perturbed(ResponseStep):
+    """By a training loss at perturbed hyperparameters.
+
+    Args:
+        antithetic: whether every batch passes at a perturbation and at its opposite with the same masks; that takes two
+            passes. Else once, as in the papers.
+    """
+
+    def __init__(self, antithetic: bool = True) -> None:
+        self.antithetic = antithetic
+
+    @staticmethod
+    @abstractmethod
+    def loss(
+        stn: "SelfTuningModule", objective: Objective, batch: Batch, raw_BH: Tensor, precision: Precision
+    ) -> Tensor:
+        """Of one pass."""
+
+    def __call__(self, algorithm: "DeltaSTN", batch: Batch) -> Outcome:
+        stn, sampling = algorithm.stn, algorithm.sampling
+        raws = [sampling.inner(stn.hparams, batch.rows, algorithm.perturbations).detach()]
+        if self.antithetic:
+            raws.append(sampling.opposite(stn.hparams, raws[0]))
+        # A model may draw random numbers of its own from the global generators.
+        generators = [*algorithm.response_masks.values(), *default_generators(stn.hparams.raw.device)]
+        states = [generator.get_state() for generator in generators]
+
+        def same_draws(*arguments: Any) -> Tensor:
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+            return self.loss(*arguments)
+
+        passes = (stn, algorithm.objective, algorithm.updaters["response"], batch, raws, algorithm.precision())
+        with stn.drawing_from(algorithm.response_masks):
+            return response_update(*passes, same_draws)
+
+
+class Linearized(_Perturbed):
     """By the linearized pass `f(x; w0) + J_w f . DeltaW(delta)`."""
 
-    def __call__(self, algorithm: "DeltaSTN", batch: Batch) -> Outcome:
-        return _updated(response_update, algorithm, batch)
+    loss = staticmethod(linearized_response_loss)
 
 
-class WithoutLinearization(ResponseStep):
+class WithoutLinearization(_Perturbed):
     """By the perturbed network `f(x; w0 + DeltaW(delta))` in training mode: cheaper, and biased where f is curved."""
 
-    def __call__(self, algorithm: "DeltaSTN", batch: Batch) -> Outcome:
-        return _updated(perturbed_update, algorithm, batch)
+    loss = staticmethod(perturbed_response_loss)
 
 
 class EveryKth(ResponseStep):
@@ -111,13 +156,6 @@ class OnFraction(ResponseStep):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step.load_state_dict(state)
-
-
-def _updated(update: Update, algorithm: "DeltaSTN", batch: Batch) -> Outcome:
-    raw_BH = algorithm.sampling.inner(algorithm.stn.hparams, batch.rows, algorithm.perturbations).detach()
-    arguments = (algorithm.stn, algorithm.objective, algorithm.updaters["response"], batch, raw_BH)
-    with algorithm.stn.drawing_from(algorithm.response_masks):
-        return update(*arguments, algorithm.precision())
 
 
 def _first(batch: Batch, size: int, axes: list[int | None], count: int) -> Batch:

@@ -34,6 +34,10 @@ class Sampling(ABC):
         """For the response pass, differentiable in `space.raw` (and in the scales, where they are tuned)."""
         return self.inner(space, rows, generator)
 
+    def opposite(self, space: HyperparameterSpace, raw_BH: Tensor) -> Tensor:
+        """What `inner` gives for the opposite noise."""
+        return 2 * space.raw.detach() - raw_BH
+
 
 class PerExample(Sampling):
     """Gaussian around the current value with the tuned scale, independent for every example."""
@@ -69,12 +73,17 @@ class GlobalSampling(Sampling):
         self.width = width
 
     def inner(self, space: HyperparameterSpace, rows: Rows, generator: Generator) -> Tensor:
-        noise_BH = _inner_noise(rows, space, generator)
-        initial_H = noise_BH.new_tensor([each.raw_initial() for each in space.resolved])
-        return initial_H + self.width * noise_BH
+        return _initial(space) + self.width * _inner_noise(rows, space, generator)
+
+    def opposite(self, space: HyperparameterSpace, raw_BH: Tensor) -> Tensor:
+        return 2 * _initial(space) - raw_BH
 
     def outer(self, space: HyperparameterSpace, rows: Rows, generator: Generator) -> Tensor:
         return space.raw.expand(rows.stop - rows.start, -1)
+
+
+def _initial(space: HyperparameterSpace) -> Tensor:
+    return space.raw.new_tensor([each.raw_initial() for each in space.resolved])
 
 
 def _noise(rows: int, space: HyperparameterSpace, generator: Generator) -> Tensor:

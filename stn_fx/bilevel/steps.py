@@ -8,7 +8,7 @@ from stn_fx.bilevel.algorithm import Algorithm, InnerRecord, OuterRecord, traini
 from stn_fx.bilevel.apply import UpdateOptions
 from stn_fx.bilevel.objective import Loss, Objective
 from stn_fx.bilevel.optimizers import OptimizerChoice, Role
-from stn_fx.bilevel.response_step import Linearized, ResponseStep
+from stn_fx.bilevel.response_step import EveryKth, Linearized, ResponseStep
 from stn_fx.bilevel.sampling import PerExample, Sampling
 from stn_fx.bilevel.updates import base_update, hyper_update
 from stn_fx.errors import InputError
@@ -59,7 +59,7 @@ class DeltaSTN(Algorithm):
         updates: gradient accumulation and clipping, autocast, and how many updates in a row may be skipped because they
             are not finite.
         sampling: where perturbed hyperparameters come from; `PerExample()` where None.
-        response_step: how the response is learned; `Linearized()` where None.
+        response_step: how the response is learned; `EveryKth(Linearized(), 2)` where None.
         tune_scales: whether outer steps move the scales; else they stay as they began.
 
     Raises:
@@ -100,7 +100,7 @@ class DeltaSTN(Algorithm):
         )
         self.entropy_weight = entropy_weight
         self.sampling = sampling or PerExample()
-        self.response_step = response_step or Linearized()
+        self.response_step = response_step or EveryKth(Linearized(), 2)
 
     def inner_step(self, content: Any) -> InnerRecord:
         """One update of the base parameters, then one of the response parameters with fresh perturbations."""

@@ -11,8 +11,10 @@ Each applies nothing when its loss or its gradient is not finite, see `stn_fx.bi
 B examples, H hyperparameters.
 """
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from stn_fx.transform import SelfTuningModule
 
 Precision = AbstractContextManager[Any]
+ResponseLoss = Callable[["SelfTuningModule", Objective, Batch, Tensor, Precision], Tensor]
 
 
 def base_update(
@@ -60,21 +63,49 @@ def base_update(
 
 
 def response_update(
-    stn: "SelfTuningModule", objective: Objective, updater: Updater, batch: Batch, raw_BH: Tensor, precision: Precision
+    stn: "SelfTuningModule",
+    objective: Objective,
+    updater: Updater,
+    batch: Batch,
+    raws: Sequence[Tensor],
+    precision: Precision,
+    response_loss: ResponseLoss | None = None,
 ) -> Outcome:
-    """One update of the response parameters, by the loss of the linearized model at perturbed hyperparameters.
+    """One update of the response parameters, by the mean of the losses at perturbed hyperparameters.
 
     Args:
-        raw_BH: perturbed raw hyperparameters of every example, detached.
+        raws: perturbed raw hyperparameters (B, H) of every example, detached; one pass for each.
+        response_loss: of one pass; `linearized_response_loss` where None.
     """
+    response_loss = response_loss or linearized_response_loss
+    raw_BH = torch.cat(list(raws))
+    decay = Decay(stn, named_values(stn, raw_BH), raw_BH)
+    losses = [partial(response_loss, stn, objective, batch, raw, precision) for raw in raws]
+    return updater.apply(losses, "training loss of the response", batch.rows.share, decay)
+
+
+def linearized_response_loss(
+    stn: "SelfTuningModule", objective: Objective, batch: Batch, raw_BH: Tensor, precision: Precision
+) -> Tensor:
+    """What the response minimizes: training loss of the linearized model, with all penalties but weight decay."""
     hyperparameters = named_values(stn, raw_BH)
     with precision, stn.watching() as activations:
         output, batch = _linearized(stn, batch, raw_BH)
         loss = objective.training_loss(output, batch, hyperparameters)
-        loss = sum(other_penalties(stn, output, hyperparameters, raw_BH, batch, activations), loss)
-    return updater.apply(
-        loss, "training loss of the linearized pass", batch.rows.share, Decay(stn, hyperparameters, raw_BH)
-    )
+        return sum(other_penalties(stn, output, hyperparameters, raw_BH, batch, activations), loss)
+
+
+def perturbed_response_loss(
+    stn: "SelfTuningModule", objective: Objective, batch: Batch, raw_BH: Tensor, precision: Precision
+) -> Tensor:
+    """As `linearized_response_loss`, but of the perturbed network itself instead of its linearization."""
+    hyperparameters = named_values(stn, raw_BH)
+    with precision, stn.watching() as activations:
+        mixed = mix(stn, batch, hyperparameters)
+        output = mixed.batch.feed(stn.respond_in_training, raw=raw_BH)
+        batch = mixed.with_targets(output)
+        loss = objective.training_loss(output, batch, hyperparameters)
+        return sum(other_penalties(stn, output, hyperparameters, raw_BH, batch, activations), loss)
 
 
 def linearized_loss(stn: "SelfTuningModule", objective: Objective, batch: Batch, raw_BH: Tensor) -> Tensor:
@@ -101,22 +132,6 @@ def validation_loss(stn: "SelfTuningModule", objective: Objective, batch: Batch)
     """Validation loss of the model as it stands, in its mode; differentiable in the base parameters."""
     raw_BH = stn.hparams.raw.detach().expand(batch_size(stn, batch), -1)
     return objective.validation_loss(batch.feed(stn), batch, named_values(stn, raw_BH))
-
-
-def perturbed_update(
-    stn: "SelfTuningModule", objective: Objective, updater: Updater, batch: Batch, raw_BH: Tensor, precision: Precision
-) -> Outcome:
-    """As `response_update`, but by the loss of the perturbed network itself instead of its linearization."""
-    hyperparameters = named_values(stn, raw_BH)
-    with precision, stn.watching() as activations:
-        mixed = mix(stn, batch, hyperparameters)
-        output = mixed.batch.feed(stn.respond_in_training, raw=raw_BH)
-        batch = mixed.with_targets(output)
-        loss = objective.training_loss(output, batch, hyperparameters)
-        loss = sum(other_penalties(stn, output, hyperparameters, raw_BH, batch, activations), loss)
-    return updater.apply(
-        loss, "training loss of the perturbed network", batch.rows.share, Decay(stn, hyperparameters, raw_BH)
-    )
 
 
 def hyper_update(
