@@ -8,6 +8,9 @@ from torch import Tensor
 from stn_fx.augment.draws import Draws
 from stn_fx.errors import InputError
 
+# On CPU so many numbers for each thread at a time: with what is made of them, they stay in the cache of a core.
+CACHED = 2**18
+
 
 def check_images(x_BCHW: Tensor, what: str) -> None:
     """InputError unless the input is a batch of images."""
@@ -41,6 +44,29 @@ def symmetric(strength_B: Tensor, like: Tensor, draws: Draws, name: str) -> Tens
 def example_by_example(x: Tensor, values_B: Tensor) -> Tensor:
     """View of `values_B` that broadcasts against images (B, C, H, W), in the dtype of `x`."""
     return values_B.to(x.dtype).reshape(-1, 1, 1, 1)
+
+
+def piece_by_piece(change: Callable[..., Tensor], x_BCHW: Tensor, *values_B: Tensor | None) -> Tensor:
+    """`change(x_BCHW, *values_B)`, on CPU for a few images at a time.
+
+    What lies between the passes of `change` over the images stays in the cache then, and new memory, which takes as
+    long as a pass itself, is asked for once. Threads get whole images, as torch's sampling of images needs it.
+
+    Args:
+        change: from images and the values of each to images of the same shape and dtype.
+        x_BCHW: images.
+        values_B: tensors with one entry for every image on axis 0, or None.
+    """
+    images = max(1, CACHED // max(1, x_BCHW[:1].numel())) * torch.get_num_threads()
+    # A gradient would be copied as a whole for each piece.
+    whole = x_BCHW.device.type != "cpu" or x_BCHW.requires_grad
+    if whole or images >= len(x_BCHW):
+        return change(x_BCHW, *values_B)
+    result = torch.empty_like(x_BCHW)
+    for start in range(0, len(x_BCHW), images):
+        span = slice(start, start + images)
+        result[span] = change(x_BCHW[span], *(None if value_B is None else value_B[span] for value_B in values_B))
+    return result
 
 
 def where_active(active_B: Tensor, change: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
