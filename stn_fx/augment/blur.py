@@ -57,15 +57,16 @@ def gaussian_blur(x_BCHW: Tensor, sigma_B: Tensor, radius: int) -> Tensor:
     height, width = x_BCHW.shape[2:]
     rows, columns = (_strip(size, radius, x_BCHW.device) for size in (height, width))
     down, across = (_matrix(weight_BK, *axis) for axis in ((height, rows), (width, columns)))
-    place_SR = torch.arange(0, height, rows)[:, None] + torch.arange(-radius, rows + radius)
-    sources = _reflected(place_SR, height).flatten().to(x_BCHW.device)
+    begin_S = torch.arange(0, height, rows, device=x_BCHW.device)
+    reach_R = torch.arange(-radius, rows + radius, device=x_BCHW.device)
+    sources = _reflected(begin_S[:, None] + reach_R, height).flatten()
 
     def blurred(images: Tensor, down: Tensor, across: Tensor) -> Tensor:
         images = _down_in_strips(images, sources, down) if rows < height else down[:, None] @ images
         return _across_in_strips(images, across) if columns < width else images @ across.mT[:, None]
 
-    def change(images: Tensor, active_B: Tensor, down: Tensor, across: Tensor) -> Tensor:
-        return where_active(active_B, lambda working: blurred(working, down, across), images)
+    def change(images: Tensor, active_B: Tensor, down: Tensor, across: Tensor, out: Tensor | None = None) -> Tensor:
+        return where_active(active_B, lambda working: blurred(working, down, across), images, out)
 
     return piece_by_piece(change, x_BCHW, sigma_B > SHARP, down, across)
 
@@ -80,8 +81,8 @@ def _matrix(weight_BK: Tensor, size: int, strip: int) -> Tensor:
     """Matrices that blur along one axis: (B, size, size), or for a strip (B, strip, strip + 2 * radius)."""
     count, taps = weight_BK.shape
     if strip == size:
-        source_SK = _reflected(torch.arange(size)[:, None] + torch.arange(taps) - taps // 2, size)
-        index_BSK = source_SK.to(weight_BK.device).expand(count, -1, -1)
+        place_S, tap_K = (torch.arange(number, device=weight_BK.device) for number in (size, taps))
+        index_BSK = _reflected(place_S[:, None] + tap_K - taps // 2, size).expand(count, -1, -1)
         values_BSK = weight_BK[:, None].expand(-1, size, -1)
         return weight_BK.new_zeros(count, size, size).scatter_add_(2, index_BSK, values_BSK)
     # The weights and as many zeros as there are rows, again and again: cut one shorter, each row begins one further.

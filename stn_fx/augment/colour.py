@@ -76,8 +76,8 @@ def colour(
     if x_BCHW.numel() == 0 or not given:
         return x_BCHW
 
-    def change(images: Tensor, *values_B: Tensor | None) -> Tensor:
-        return _colour(images, image_format, dict(zip(factors, values_B, strict=True)))
+    def change(images: Tensor, *values_B: Tensor | None, out: Tensor | None = None) -> Tensor:
+        return _colour(images, image_format, dict(zip(factors, values_B, strict=True)), out)
 
     return piece_by_piece(change, x_BCHW, *factors.values())
 
@@ -93,7 +93,7 @@ def check_channels(channels: int, names: list[str]) -> None:
         )
 
 
-def _colour(x: Tensor, image_format: ImageFormat, factors: Mapping[str, Tensor | None]) -> Tensor:
+def _colour(x: Tensor, image_format: ImageFormat, factors: Mapping[str, Tensor | None], out: Tensor | None) -> Tensor:
     active_B = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     for name, value_B in factors.items():
         if value_B is not None:
@@ -113,7 +113,7 @@ def _colour(x: Tensor, image_format: ImageFormat, factors: Mapping[str, Tensor |
             pixels = _shift_hue(pixels, given["hue"][:, 0])
         return pixels.div_(std).sub_(mean / std)
 
-    return where_active(active_B, change, x)
+    return where_active(active_B, change, x, out)
 
 
 def _blend(pixels: Tensor, other: Tensor, factor: Tensor) -> Tensor:

@@ -118,13 +118,15 @@ def warp(x_BCHW: Tensor, maps_B23: Tensor) -> Tensor:
     across_B21W = (theta_B23[..., :1] * place_W)[:, :, None]
     down_B2H1 = (theta_B23[..., 1:2] * place_H + theta_B23[..., 2:])[..., None]
 
-    def change(images: Tensor, moves_B: Tensor, across_B21W: Tensor, down_B2H1: Tensor) -> Tensor:
+    def change(
+        images: Tensor, moves_B: Tensor, across_B21W: Tensor, down_B2H1: Tensor, out: Tensor | None = None
+    ) -> Tensor:
         grid_BHW2 = (across_B21W + down_B2H1).permute(0, 2, 3, 1)
 
         def sample(images: Tensor) -> Tensor:
             return F.grid_sample(images, grid_BHW2, mode="bilinear", padding_mode="zeros", align_corners=False)
 
-        return where_active(moves_B, sample, images)
+        return where_active(moves_B, sample, images, out)
 
     return piece_by_piece(change, x_BCHW, moves_B, across_B21W, down_B2H1)
 
