@@ -106,6 +106,17 @@ def test_affine_is_torchvisions(shape, dtype):
     assert_same(rotated, T.affine(x, 20, [0, 0], 1.0, [0, 0], interpolation=T.InterpolationMode.BILINEAR))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_maps_and_deviations_may_have_another_precision(dtype):
+    x = pictures((3, 3, 20, 20), dtype)
+    value_B = torch.tensor([0.3, 0.0, 1.2])
+    for other in (torch.float32, torch.float64):
+        moved = warp(x, affine_maps(x, angle_B=value_B * 30).to(other))
+        assert moved.dtype == dtype
+        assert [torch.equal(a, b) for a, b in zip(moved, x, strict=True)] == [False, True, False]
+        assert gaussian_blur(x, value_B.to(other), 2).dtype == dtype
+
+
 def test_a_flip_comes_before_the_other_maps():
     x = pictures((4, 3, 9, 12))
     flip_B, angle_B = torch.tensor([True, False, True, False]), between(-90, 90, x)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stn_fx.augment.draws import Draws
-from stn_fx.augment.images import check_images, piece_by_piece, symmetric, where_active
+from stn_fx.augment.images import check_images, piece_by_piece, symmetric, where_active, working
 
 # A map that moves no pixel by more than this (relative to half a side) is the identity: float32 cannot tell.
 STILL = 1e-6
@@ -111,6 +111,7 @@ def warp(x_BCHW: Tensor, maps_B23: Tensor) -> Tensor:
     theta_B23 = torch.stack((x_row, y_row), 1)
     still_23 = torch.eye(2, 3, dtype=theta_B23.dtype, device=theta_B23.device)
     moves_B = ((theta_B23 - still_23).abs() > STILL).flatten(1).any(1)
+    theta_B23 = theta_B23.to(working(x_BCHW).dtype)
     # What affine_grid gives, as a sum of lines and columns instead of a matrix product over all pixels, and as planes
     # of x and y: grid_sample takes any strides.
     place_W = torch.linspace(1 / width - 1, 1 - 1 / width, width, dtype=theta_B23.dtype, device=theta_B23.device)
