@@ -106,6 +106,17 @@ def test_affine_is_torchvisions(shape, dtype):
     assert_same(rotated, T.affine(x, 20, [0, 0], 1.0, [0, 0], interpolation=T.InterpolationMode.BILINEAR))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_maps_and_deviations_may_have_another_precision(dtype):
+    x = pictures((3, 3, 20, 20), dtype)
+    value_B = torch.tensor([0.3, 0.0, 1.2])
+    for other in (torch.float32, torch.float64):
+        moved = warp(x, affine_maps(x, angle_B=value_B * 30).to(other))
+        assert moved.dtype == dtype
+        assert [torch.equal(a, b) for a, b in zip(moved, x, strict=True)] == [False, True, False]
+        assert gaussian_blur(x, value_B.to(other), 2).dtype == dtype
+
+
 def test_a_flip_comes_before_the_other_maps():
     x = pictures((4, 3, 9, 12))
     flip_B, angle_B = torch.tensor([True, False, True, False]), between(-90, 90, x)
@@ -115,13 +126,40 @@ def test_a_flip_comes_before_the_other_maps():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("shape", "radius"), [((5, 3, 32, 32), 6), ((4, 1, 17, 31), 16), ((2, 3, 4, 9), 1)])
+@pytest.mark.parametrize(
+    ("shape", "radius"),
+    [((5, 3, 32, 32), 6), ((4, 1, 17, 31), 16), ((2, 3, 4, 9), 1), ((2, 3, 70, 131), 9), ((1, 1, 67, 20), 2)],
+)
 def test_blur_is_torchvisions(shape, radius, dtype):
     x = pictures(shape, dtype)
     sigma_B = between(0.1, 3, x)
     size = 2 * radius + 1
     assert_same(gaussian_blur(x, sigma_B, radius), each(x, lambda i, s: T.gaussian_blur(i, [size, size], s), sigma_B))
     assert_same(gaussian_blur(x, torch.full((len(x),), 0.7), radius), T.gaussian_blur(x, [size, size], 0.7))
+
+
+def test_large_images_in_pieces_are_what_each_is_alone():
+    x = pictures((5, 3, 330, 290))
+    angle_B, sigma_B, factor_B = between(-90, 90, x), between(0.1, 2, x), between(0.5, 1.5, x)
+    angle_B[1] = sigma_B[1] = 0
+    moved, blurred = warp(x, affine_maps(x, angle_B)), gaussian_blur(x, sigma_B, 6)
+    recoloured = colour(x, PLAIN, contrast=factor_B)
+    for i in range(5):
+        one, at = x[i : i + 1], slice(i, i + 1)
+        assert_same(moved[at], warp(one, affine_maps(one, angle_B[at])))
+        assert_same(blurred[at], T.gaussian_blur(one, [13, 13], float(sigma_B[i])) if i != 1 else one)
+        assert_same(recoloured[at], T.adjust_contrast(one, float(factor_B[i])))
+    assert torch.equal(moved[1], x[1])
+    assert torch.equal(blurred[1], x[1])
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 8, 8), (9, 3, 200, 200)])
+def test_gradients_reach_the_images(shape):
+    x = pictures(shape, torch.float64).requires_grad_()
+    for y in (warp(x, affine_maps(x, between(-90, 90, x))), gaussian_blur(x, between(0.5, 2, x), 3)):
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+        assert gradient[0].abs().sum() > 0
+        assert gradient[-1].abs().sum() > 0
 
 
 def test_erase_is_torchvisions():

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from stn_fx.augment.draws import Draws
 from stn_fx.augment.image_format import ImageFormat, per_channel
-from stn_fx.augment.images import check_images, check_per_example, example_by_example, symmetric, where_active
+from stn_fx.augment.images import (
+    check_images,
+    check_per_example,
+    example_by_example,
+    piece_by_piece,
+    symmetric,
+    where_active,
+)
 from stn_fx.errors import InputError
 
 # ITU-R BT.601, as torchvision and PIL round them.
@@ -22,9 +29,6 @@ LUMINANCE = (0.2989, 0.587, 0.114)
 
 # A hue that moves by less than this part of a turn does not move a pixel's value in float32.
 STILL = 1e-7
-
-# On CPU so many numbers at a time, so that what lies between the passes stays in the cache.
-CACHED = 2**18
 
 
 def draw_colour(x_BCHW: Tensor, strengths: Mapping[str, Tensor], draws: Draws, name: str) -> dict[str, Tensor]:
@@ -71,15 +75,11 @@ def colour(
     check_channels(channels, given)
     if x_BCHW.numel() == 0 or not given:
         return x_BCHW
-    images = max(1, CACHED // max(1, x_BCHW[0].numel())) if x_BCHW.device.type == "cpu" else len(x_BCHW)
-    if images >= len(x_BCHW):
-        return _colour(x_BCHW, image_format, factors)
-    result = torch.empty_like(x_BCHW)
-    for start in range(0, len(x_BCHW), images):
-        span = slice(start, start + images)
-        part = {name: None if value_B is None else value_B[span] for name, value_B in factors.items()}
-        result[span] = _colour(x_BCHW[span], image_format, part)
-    return result
+
+    def change(images: Tensor, *values_B: Tensor | None, out: Tensor | None = None) -> Tensor:
+        return _colour(images, image_format, dict(zip(factors, values_B, strict=True)), out)
+
+    return piece_by_piece(change, x_BCHW, *factors.values())
 
 
 def check_channels(channels: int, names: list[str]) -> None:
@@ -93,7 +93,7 @@ def check_channels(channels: int, names: list[str]) -> None:
         )
 
 
-def _colour(x: Tensor, image_format: ImageFormat, factors: Mapping[str, Tensor | None]) -> Tensor:
+def _colour(x: Tensor, image_format: ImageFormat, factors: Mapping[str, Tensor | None], out: Tensor | None) -> Tensor:
     active_B = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     for name, value_B in factors.items():
         if value_B is not None:
@@ -113,7 +113,7 @@ def _colour(x: Tensor, image_format: ImageFormat, factors: Mapping[str, Tensor |
             pixels = _shift_hue(pixels, given["hue"][:, 0])
         return pixels.div_(std).sub_(mean / std)
 
-    return where_active(active_B, change, x)
+    return where_active(active_B, change, x, out)
 
 
 def _blend(pixels: Tensor, other: Tensor, factor: Tensor) -> Tensor:

@@ -18,7 +18,9 @@ from stn_fx.errors import InputError
 LOG_ASPECT = math.log(10 / 3)
 
 
-def draw_boxes(x_BCHW: Tensor, probability_B: Tensor, area_B: Tensor, draws: Draws, name: str) -> Tensor:
+def draw_boxes(
+    x_BCHW: Tensor, probability_B: Tensor, area_B: Tensor, draws: Draws, name: str, least: float = 0.0
+) -> Tensor:
     """Rectangles (B, 4): top, left, height and width in pixels, int32; of size 0 where nothing is erased.
 
     Args:
@@ -27,11 +29,14 @@ def draw_boxes(x_BCHW: Tensor, probability_B: Tensor, area_B: Tensor, draws: Dra
         area_B: the largest share of the image that it may take, 0 to 1.
         draws: source of the random numbers.
         name: what they are for, unique within one pass.
+        least: the smallest share, except where `area_B` is less.
     """
     check_images(x_BCHW, "random_erasing")
     full_height, full_width = x_BCHW.shape[2:]
     chance, share, aspect, down, right = draws.uniform((x_BCHW.shape[0], 5), x_BCHW, name).unbind(-1)
-    pixels = share * area_B.detach().to(share.dtype) * (full_height * full_width)
+    largest = area_B.detach().to(share.dtype)
+    smallest = largest.clamp(max=least)
+    pixels = (smallest + share * (largest - smallest)) * (full_height * full_width)
     root_aspect = ((aspect - 0.5) * LOG_ASPECT).exp()
     erased = (chance < probability_B.detach().to(chance.dtype)).to(chance.dtype)
     height = (pixels.sqrt() * root_aspect).round().clamp(max=full_height) * erased

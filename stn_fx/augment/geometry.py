@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stn_fx.augment.draws import Draws
-from stn_fx.augment.images import check_images, symmetric, where_active
+from stn_fx.augment.images import check_images, piece_by_piece, symmetric, where_active, working
 
 # A map that moves no pixel by more than this (relative to half a side) is the identity: float32 cannot tell.
 STILL = 1e-6
@@ -111,12 +111,25 @@ def warp(x_BCHW: Tensor, maps_B23: Tensor) -> Tensor:
     theta_B23 = torch.stack((x_row, y_row), 1)
     still_23 = torch.eye(2, 3, dtype=theta_B23.dtype, device=theta_B23.device)
     moves_B = ((theta_B23 - still_23).abs() > STILL).flatten(1).any(1)
+    theta_B23 = theta_B23.to(working(x_BCHW).dtype)
+    # What affine_grid gives, as a sum of lines and columns instead of a matrix product over all pixels, and as planes
+    # of x and y: grid_sample takes any strides.
+    place_W = torch.linspace(1 / width - 1, 1 - 1 / width, width, dtype=theta_B23.dtype, device=theta_B23.device)
+    place_H = torch.linspace(1 / height - 1, 1 - 1 / height, height, dtype=theta_B23.dtype, device=theta_B23.device)
+    across_B21W = (theta_B23[..., :1] * place_W)[:, :, None]
+    down_B2H1 = (theta_B23[..., 1:2] * place_H + theta_B23[..., 2:])[..., None]
 
-    def sample(images: Tensor) -> Tensor:
-        grid_BHW2 = F.affine_grid(theta_B23.to(images.dtype), list(images.shape), align_corners=False)
-        return F.grid_sample(images, grid_BHW2, mode="bilinear", padding_mode="zeros", align_corners=False)
+    def change(
+        images: Tensor, moves_B: Tensor, across_B21W: Tensor, down_B2H1: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        grid_BHW2 = (across_B21W + down_B2H1).permute(0, 2, 3, 1)
 
-    return where_active(moves_B, sample, x_BCHW)
+        def sample(images: Tensor) -> Tensor:
+            return F.grid_sample(images, grid_BHW2, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+        return where_active(moves_B, sample, images, out)
+
+    return piece_by_piece(change, x_BCHW, moves_B, across_B21W, down_B2H1)
 
 
 def horizontal_flip(x_BCHW: Tensor, probability_B: Tensor, draws: Draws, name: str) -> Tensor:

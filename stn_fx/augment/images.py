@@ -8,6 +8,9 @@ from torch import Tensor
 from stn_fx.augment.draws import Draws
 from stn_fx.errors import InputError
 
+# On CPU so many numbers for each thread at a time: with what is made of them, they stay in the cache of a core.
+CACHED = 2**18
+
 
 def check_images(x_BCHW: Tensor, what: str) -> None:
     """InputError unless the input is a batch of images."""
@@ -43,7 +46,35 @@ def example_by_example(x: Tensor, values_B: Tensor) -> Tensor:
     return values_B.to(x.dtype).reshape(-1, 1, 1, 1)
 
 
-def where_active(active_B: Tensor, change: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`change(x)` for the examples that have something to change, `x` bit by bit for the others, in its dtype."""
+def piece_by_piece(change: Callable[..., Tensor], x_BCHW: Tensor, *values_B: Tensor | None) -> Tensor:
+    """`change(x_BCHW, *values_B)`, on CPU for a few images at a time.
+
+    What lies between the passes of `change` over the images stays in the cache then, and new memory, which takes as
+    long as a pass itself, is asked for once. Threads get whole images, as torch's sampling of images needs it.
+
+    Args:
+        change: from images and the values of each to images of the same shape and dtype; what it is given as `out` it
+            writes them into.
+        x_BCHW: images.
+        values_B: tensors with one entry for every image on axis 0, or None.
+    """
+    images = max(1, CACHED // max(1, x_BCHW[:1].numel())) * torch.get_num_threads()
+    # Autograd cannot follow what is written into the result.
+    traced = any(each is not None and each.requires_grad for each in (x_BCHW, *values_B))
+    if x_BCHW.device.type != "cpu" or traced or images >= len(x_BCHW):
+        return change(x_BCHW, *values_B)
+    result = torch.empty_like(x_BCHW)
+    for start in range(0, len(x_BCHW), images):
+        span = slice(start, start + images)
+        part_B = (None if value_B is None else value_B[span] for value_B in values_B)
+        change(x_BCHW[span], *part_B, out=result[span])
+    return result
+
+
+def where_active(active_B: Tensor, change: Callable[[Tensor], Tensor], x: Tensor, out: Tensor | None = None) -> Tensor:
+    """`change(x)` for the examples that have something to change, `x` bit by bit for the others, in its dtype.
+
+    It is written into `out` where that is given.
+    """
     # lerp is exact at weights 0 and 1, and four times as fast on CPU as torch.where.
-    return torch.lerp(x, change(working(x)).to(x.dtype), example_by_example(x, active_B))
+    return torch.lerp(x, change(working(x)).to(x.dtype), example_by_example(x, active_B), out=out)

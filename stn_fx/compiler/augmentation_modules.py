@@ -1,24 +1,22 @@
 """Augmentation modules in a model's own forward, of kornia and of torchvision.transforms: those that are tuned become
 sites, others run as a whole.
 
-A recognised one stands for the catalogue entry that does the same to each example: a flip with a probability, a
-rotation by up to an angle, Gaussian noise. It becomes a site where a hyperparameter of that entry is asked for, in the
-training graph, drawn for each example (torchvision's own modules draw once for a batch); in evaluation mode the module
-does what it does. Others are captured, or run as themselves (`opaque_leaves`), from the outermost augmentation down:
-the parts that draw their numbers refuse symbolic sizes.
+A recognised one stands for the catalogue entries that do the same to each example (`recognised_augmentations`). It
+becomes a site of each where a hyperparameter of one of them is asked for, in the training graph, drawn for each example
+(torchvision's own modules draw once for a batch); those of its entries that are not asked for act at its own values. In
+evaluation mode the module does what it does. Others are captured, or run as themselves (`opaque_leaves`), from the
+outermost augmentation down: the parts that draw their numbers refuse symbolic sizes.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from torchvision.transforms import InterpolationMode
 
+from stn_fx.compiler.recognised_augmentations import LIBRARIES, Other, Recognised, recognised
 from stn_fx.errors import CaptureError
 from stn_fx.hparams import Selection
 from stn_fx.rules.own_augmentations import augmentation_marker
-
-_LIBRARIES = ("kornia.augmentation", "torchvision.transforms")
 
 
 def whole_augmentation(model: nn.Module, name: str) -> str:
@@ -26,68 +24,48 @@ def whole_augmentation(model: nn.Module, name: str) -> str:
     parts = name.split(".")
     for end in range(1, len(parts) + 1):
         outer = ".".join(parts[:end])
-        if type(model.get_submodule(outer)).__module__.startswith(_LIBRARIES):
+        if type(model.get_submodule(outer)).__module__.startswith(LIBRARIES):
             return outer
     return name
 
 
-def tuned_augmentations(model: nn.Module, selections: Iterable[Selection]) -> dict[str, Callable[[Tensor], Tensor]]:
+def tuned_augmentations(model: nn.Module, selections: Iterable[Selection]) -> dict[str, Callable[..., Tensor]]:
     """Forwards, by the qualified name of a module, that bring the augmentations to be tuned into the training graph."""
     chosen = [selection for selection in selections if selection.entry.kind == "input"]
     forwards = {}
     for name, module in model.named_modules():
         found = recognised(module)
-        if found is not None and any(s.entry.name == found[0] and s.matches(name) for s in chosen):
-            forwards[name] = _marked(name, *found)
+        if isinstance(found, Recognised) and _asked(name, found.entries, chosen):
+            forwards[name] = _marked(name, found)
     return forwards
 
 
-def recognised(module: nn.Module) -> tuple[str, float] | None:
-    """(catalogue entry, its value here) of an augmentation that acts on each example for itself; None for others."""
-    library = type(module).__module__
-    if library.startswith("torchvision.transforms"):
-        return _of_torchvision(module)
-    return _of_kornia(module) if library.startswith("kornia.augmentation") else None
+def left_augmentations(model: nn.Module, selections: Iterable[Selection]) -> Iterator[str]:
+    """Why modules of the kind that was asked for are not tuned, for the report."""
+    chosen = [selection for selection in selections if selection.entry.kind == "input"]
+    for name, module in model.named_modules():
+        found = recognised(module)
+        asked = _asked(name, found.entries, chosen) if isinstance(found, Other) else []
+        if isinstance(found, Other) and asked:
+            kind = type(module).__name__
+            yield f"{name} ({kind}) is no site of {', '.join(asked)} and stays as it is: {found.reason}"
 
 
-def _of_kornia(module: Any) -> tuple[str, float] | None:
-    kind = type(module).__name__
-    if getattr(module, "p_batch", 0.0) != 1.0 or getattr(module, "same_on_batch", True):
-        return None
-    if kind == "RandomHorizontalFlip":
-        return "horizontal_flip", float(module.p)
-    if module.p != 1.0:  # no entry has a probability and a strength
-        return None
-    numbers = getattr(module, "_param_generator", None)
-    if kind == "RandomRotation" and str(module.flags.get("resample")).endswith("BILINEAR"):
-        low, high = numbers.degrees.flatten().tolist()  # type: ignore[union-attr]
-        return ("rotation", high) if low == -high else None
-    if kind == "RandomGaussianNoise" and numbers.mean == 0:  # type: ignore[union-attr]
-        return "gaussian_noise", float(numbers.std)  # type: ignore[union-attr]
-    return None
+def _asked(name: str, entries: Iterable[str], chosen: list[Selection]) -> list[str]:
+    return [entry for entry in entries if any(s.entry.name == entry and s.matches(name) for s in chosen)]
 
 
-def _of_torchvision(module: Any) -> tuple[str, float] | None:
-    kind = type(module).__name__
-    if kind == "RandomHorizontalFlip":
-        return "horizontal_flip", float(module.p)
-    if kind == "RandomRotation":
-        low, high = module.degrees
-        plain = not module.expand and module.center is None and module.fill in (0, None)
-        fits = plain and low == -high and module.interpolation == InterpolationMode.BILINEAR
-        return ("rotation", float(high)) if fits else None
-    if kind == "GaussianNoise" and module.mean == 0 and not module.clip:
-        return "gaussian_noise", float(module.sigma)
-    return None
-
-
-def _marked(name: str, entry: str, value: float) -> Callable[[Tensor], Tensor]:
+def _marked(name: str, found: Recognised) -> Callable[..., Tensor]:
     def forward(*inputs: Any) -> Tensor:
         if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
+            entries = ", ".join(found.entries)
             raise CaptureError(
-                f"{name} is called with more than one image batch, and {entry} is tuned on one. Leave {entry} out of "
-                f"hparams, or choose other places with a pattern."
+                f"{name} is called with more than one image batch, and {entries} is tuned on one. Leave {entries} out "
+                f"of hparams, or choose other places with a pattern."
             )
-        return augmentation_marker(inputs[0], name, entry, value)
+        images = inputs[0]
+        for entry, values in found.entries.items():
+            images = augmentation_marker(images, name, entry, list(values), list(found.settings))
+        return images
 
     return forward

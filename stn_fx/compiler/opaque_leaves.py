@@ -145,7 +145,10 @@ def _prove_tangent(leaf: OpaqueLeaf, inputs: list[Tensor]) -> None:
     outputs = [(o, c) for o, c in zip(function(*live), cotangents, strict=True) if o.requires_grad]
     pulled: tuple[Any, ...] = (None,)
     if outputs:
-        pulled = torch.autograd.grad([o for o, _ in outputs], live, [c for _, c in outputs], allow_unused=True)
+        try:
+            pulled = torch.autograd.grad([o for o, _ in outputs], live, [c for _, c in outputs], allow_unused=True)
+        except RuntimeError as error:  # it wrote over what its backward needs
+            raise _refusal(leaf.name, leaf.reason, f"its gradient cannot be computed ({error})") from error
     adjoint = sum(float((g.conj() * d).sum().real) for g, d in zip(pulled, directions, strict=False) if g is not None)
     if abs(adjoint - expected) >= tolerance:
         raise _refusal(

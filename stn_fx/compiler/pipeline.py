@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from stn_fx.augment.image_format import ImageFormat
 from stn_fx.compiler.activation_sites import named_modules, require_time_axes
-from stn_fx.compiler.augmentation_modules import tuned_augmentations
+from stn_fx.compiler.augmentation_modules import left_augmentations, tuned_augmentations
 from stn_fx.compiler.capture import CapturedGraph, CapturedModel, Forward, capture, register_dataclasses
 from stn_fx.compiler.forward_mode import lacks_forward_mode
 from stn_fx.compiler.functionalize import module_path
@@ -99,7 +99,7 @@ def compile_model(
     require_weights(hyperparameters, weights)
     require_time_axes(sites, {node.name: node for node in captured.training.graph.nodes})
     fallbacks = _fallback_notes(captured, analysed.values(), registry)
-    notes = (*captured.notes, *([note] if note else []), *chosen, *fallbacks)
+    notes = (*captured.notes, *([note] if note else []), *chosen, *left_augmentations(model, selections), *fallbacks)
     plan = Plan(tuple(parameters), tuple(sites), tuple(hyperparameters), effective, notes)
     return CompiledModel(
         plan,

@@ -239,7 +239,7 @@ def plan_sites(
                 undecided.append(f"{selection.entry.name} at {site.name}")
                 continue
             own = active if selection.shared else site.own_rate
-            resolved = resolve(selection, SiteContext(own or None, image_size), site.name)
+            resolved = resolve(selection, SiteContext(own or None, image_size, _own_values(selection, site)), site.name)
             for each in resolved:
                 hyperparameters.setdefault(each.name, each)
             acting[_key(site)] = tuple((each.component, each.name) for each in resolved)
@@ -279,6 +279,12 @@ def require_weights(hyperparameters: Iterable[ResolvedHyperparameter], weights: 
                 f"{', '.join(empty)}: no weights are left to act on, each belongs to the first pattern that matches "
                 f"it. Leave it out, or name the narrower pattern first."
             )
+
+
+def _own_values(selection: Selection, site: FoundSite) -> dict[str, float]:
+    """The author's value by component of the entry, where each has one."""
+    components = [] if selection.shared else [component.name for component in selection.entry.components]
+    return dict(zip(components, site.own_values, strict=False))
 
 
 _UNASKED = "no hyperparameter was asked for here"

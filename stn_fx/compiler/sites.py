@@ -41,6 +41,8 @@ class FoundSite:
     node: Node
     own_rate: float
     inserted: bool = False
+    own_values: tuple[float, ...] = ()
+    """What the author gave to each component of the entry, where that is more than the rate."""
 
 
 def find_sites(captured: CapturedGraph, model: nn.Module, registry: Registry) -> list[FoundSite]:
@@ -54,8 +56,10 @@ def find_sites(captured: CapturedGraph, model: nn.Module, registry: Registry) ->
         entry = node.meta.get("site_entry") or getattr(rule, "site", None)
         if entry is None or not rule.is_site(node):
             continue
-        if node.target is torch.ops.stn_fx.own_augmentation.default:
-            found.append(FoundSite(node.args[1], node.args[2], node, rule.own_rate(node)))
+        named = rule.found_as(node)
+        if named is not None:
+            name, entry = named
+            found.append(FoundSite(name, entry, node, rule.own_rate(node), own_values=rule.own_values(node)))
             continue
         if "site_name" in node.meta:
             found.append(FoundSite(node.meta["site_name"], entry, node, rule.own_rate(node), inserted=True))

@@ -1,7 +1,7 @@
 """The types of the catalogue: entries, their components, and defaults that depend on the place in the model."""
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from stn_fx.errors import InputError, UnknownHyperparameterError
@@ -18,10 +18,16 @@ class SiteContext:
     Attributes:
         own_rate: the rate that the model's author gave to this site; None or 0 where there is none or it is inactive.
         image_size: (H, W) in pixels of the image input; None where there is no image.
+        own_values: what the author gave to components of the entry, by name, where it has several.
     """
 
     own_rate: float | None = None
     image_size: tuple[int, int] | None = None
+    own_values: Mapping[str, float] = field(default_factory=dict)
+
+    def of(self, component: str) -> "SiteContext":
+        """The same place, as one component of the entry sees it."""
+        return replace(self, own_rate=self.own_values.get(component, self.own_rate))
 
 
 class Default(Protocol):

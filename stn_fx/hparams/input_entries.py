@@ -58,8 +58,8 @@ RANDOM_ERASING = Entry(
     pattern_over="inputs",
     needs="image",
     components=(
-        Component("probability", low=0.0, high=1.0, initial=0.1, limits=(0.0, 1.0)),
-        Component("area", low=0.0, high=0.5, initial=0.2, limits=(0.0, 1.0)),
+        Component("probability", low=0.0, high=1.0, initial=OwnRate(0.1), limits=(0.0, 1.0)),
+        Component("area", low=0.0, high=0.5, initial=OwnRate(0.2), limits=(0.0, 1.0)),
     ),
     description="a rectangle of up to this share of the image is set to 0, with this probability",
     source=f"Zhong et al. 2017 (arXiv 1708.04896), areas to 0.4; probability 0.1: {TORCHVISION}, 0.25: {TIMM} for ViT",
@@ -80,7 +80,7 @@ TRANSLATION = Entry(
     kind="input",
     pattern_over="inputs",
     needs="image",
-    components=(Component("fraction", low=0.0, high=0.5, initial=0.05, limits=(0.0, 1.0)),),
+    components=(Component("fraction", low=0.0, high=0.5, initial=OwnRate(0.05), limits=(0.0, 1.0)),),
     description="largest random shift along each axis, as a fraction of the side",
     source="AutoAugment (Cubuk et al. 2018, arXiv 1805.09501): up to 150 of 331 pixels; 4 of 32 in CIFAR recipes",
 )
@@ -90,7 +90,7 @@ SCALING = Entry(
     kind="input",
     pattern_over="inputs",
     needs="image",
-    components=(Component("log_factor", low=0.0, high=0.7, initial=0.1, limits=(0.0, 3.0)),),
+    components=(Component("log_factor", low=0.0, high=0.7, initial=OwnRate(0.1), limits=(0.0, 3.0)),),
     description="largest logarithm of a random zoom, in and out (0.7 is a factor of 2)",
     source="torchvision.transforms.RandomAffine; a factor of 2 as in its ScaleJitter",
 )
@@ -100,7 +100,7 @@ SHEAR = Entry(
     kind="input",
     pattern_over="inputs",
     needs="image",
-    components=(Component("degrees", low=0.0, high=40.0, initial=5.0, limits=(0.0, 80.0)),),
+    components=(Component("degrees", low=0.0, high=40.0, initial=OwnRate(5.0), limits=(0.0, 80.0)),),
     description="largest angle of a random shear along each axis",
     source="AutoAugment (Cubuk et al. 2018, arXiv 1805.09501): up to 0.3, 17 degrees",
 )
@@ -120,7 +120,7 @@ GAUSSIAN_BLUR = Entry(
     kind="input",
     pattern_over="inputs",
     needs="image",
-    components=(Component("sigma", low=0.0, high=2.0, initial=0.5, limits=(0.0, 50.0)),),
+    components=(Component("sigma", low=0.0, high=2.0, initial=OwnRate(0.5), limits=(0.0, 50.0)),),
     description="Gaussian blur, its standard deviation (pixels) uniform from 0 to sigma",
     source="SimCLR (Chen et al. 2020, arXiv 2002.05709): sigma from 0.1 to 2",
 )
@@ -130,7 +130,7 @@ BRIGHTNESS = Entry(
     kind="input",
     pattern_over="inputs",
     needs="pixels",
-    components=(Component("strength", low=0.0, high=1.0, initial=0.1, limits=(0.0, 5.0)),),
+    components=(Component("strength", low=0.0, high=1.0, initial=OwnRate(0.1), limits=(0.0, 5.0)),),
     description="factor on the brightness, uniform in 1 - strength to 1 + strength",
     source=f"{STN}; ColorJitter of 0.4: {TIMM}",
 )
@@ -140,7 +140,7 @@ CONTRAST = Entry(
     kind="input",
     pattern_over="inputs",
     needs="pixels",
-    components=(Component("strength", low=0.0, high=1.0, initial=0.1, limits=(0.0, 5.0)),),
+    components=(Component("strength", low=0.0, high=1.0, initial=OwnRate(0.1), limits=(0.0, 5.0)),),
     description="factor on the contrast, towards the mean grey, uniform in 1 - strength to 1 + strength",
     source=f"{STN}; ColorJitter of 0.4: {TIMM}",
 )
@@ -150,7 +150,7 @@ SATURATION = Entry(
     kind="input",
     pattern_over="inputs",
     needs="colour",
-    components=(Component("strength", low=0.0, high=1.0, initial=0.1, limits=(0.0, 5.0)),),
+    components=(Component("strength", low=0.0, high=1.0, initial=OwnRate(0.1), limits=(0.0, 5.0)),),
     description="factor on the saturation, towards grey, uniform in 1 - strength to 1 + strength",
     source=f"{STN}; ColorJitter of 0.4: {TIMM}",
 )
@@ -160,7 +160,7 @@ HUE = Entry(
     kind="input",
     pattern_over="inputs",
     needs="colour",
-    components=(Component("strength", low=0.0, high=0.5, initial=0.05, limits=(0.0, 0.5)),),
+    components=(Component("strength", low=0.0, high=0.5, initial=OwnRate(0.05), limits=(0.0, 0.5)),),
     description="shift of the hue within this part of the full turn",
     source=f"{STN}; 0.2 in SimCLR (Chen et al. 2020, arXiv 2002.05709)",
 )

@@ -89,7 +89,7 @@ def resolve(
             selection.entry,
             component,
             selection.overrides.get(component.name, Hyperparameter(selection.entry.name)),
-            context,
+            context.of(component.name),
         )
         for component in selection.entry.components
     ]

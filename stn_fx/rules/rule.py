@@ -115,6 +115,13 @@ class Rule:
         """Axes of the tensor at ``position`` along which its response may be scaled, preferred first; () = none."""
         return ()
 
+    def found_as(self, node: Node) -> tuple[str, str] | None:
+        """(qualified name, catalogue entry) of the site that this call is, where the call itself says so.
+
+        A rule that tells it has a method `own_values(node)` too: what the author gave to each component of the entry.
+        """
+        return None
+
     def padding_row(self, node: Node) -> int | None:
         """Index of the weight's axis 0 that no gradient reaches from this call; None = there is none."""
         return None

@@ -9,9 +9,10 @@ from stn_fx.compiler.pipeline import CompiledModel
 from stn_fx.rules.attention import attention_multiplier
 from stn_fx.rules.drop_path import path_multiplier
 from stn_fx.rules.dropout import alpha_terms, multiplier
+from stn_fx.rules.own_augmentations import own_strength
 from stn_fx.verify.judge import nothing_dropped
 
-_RATE_ARGUMENT = {multiplier: 2, alpha_terms: 2, attention_multiplier: 1, path_multiplier: 1}
+_RATE_ARGUMENT = {multiplier: 2, alpha_terms: 2, attention_multiplier: 1, path_multiplier: 1, own_strength: 1}
 
 
 @contextmanager
