@@ -1,0 +1,57 @@
+"""What the steps of each method cost, in training updates of the plain model."""
+
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from quality_tasks import Task
+from quality_training import Cost, sgd
+from rich.console import Console
+
+from stn_fx.bilevel import STN, DeltaSTN, EveryKth, FixedHyperparameters, Linearized, OnFraction, WithoutLinearization
+from stn_fx.data import ImageBatches
+from stn_fx.data.batches import Normalisation
+
+REPETITIONS = 15
+ALGORITHMS = {
+    "delta_stn": lambda stn, rates: DeltaSTN(stn, **rates),
+    "stn": lambda stn, rates: STN(stn, **rates),
+    "half_batch": lambda stn, rates: DeltaSTN(stn, response_step=OnFraction(Linearized(), 0.5), **rates),
+    "every_second": lambda stn, rates: DeltaSTN(stn, response_step=EveryKth(Linearized(), 2), **rates),
+    "not_linearized": lambda stn, rates: DeltaSTN(stn, response_step=WithoutLinearization(), **rates),
+}
+
+
+def measure_costs(task: Task, data: Path, console: Console) -> dict[str, Cost]:
+    """Medians of the ratios within each of many interleaved repetitions, on one thread."""
+    torch.set_num_threads(1)
+    splits = task.splits(data)
+    batch = next(iter(ImageBatches(splits.train, Normalisation.of(splits.train), task.batch_size)))
+    rates = {"base_optimizer": sgd(task), "response_optimizer": sgd(task)}
+    plain = FixedHyperparameters(task.wrapped(splits, 0), base_optimizer=sgd(task))
+    calls: dict[str, Callable[[], object]] = {"plain": lambda: plain.inner_step(batch)}
+    for name, build in ALGORITHMS.items():
+        algorithm = build(task.wrapped(splits, 0), rates)
+        # Twice, because one of them does something else in every second step.
+        calls[f"{name} inner"] = lambda a=algorithm: (a.inner_step(batch), a.inner_step(batch))
+        calls[f"{name} outer"] = lambda a=algorithm: a.outer_step(batch)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    order = random.Random(0)
+    with console.status(f"measuring the steps of {task.name}"):
+        for repetition in range(REPETITIONS + 2):
+            for name in order.sample(list(calls), len(calls)):
+                start = time.perf_counter()
+                calls[name]()
+                if repetition >= 2:
+                    seconds[name].append(time.perf_counter() - start)
+
+    def ratio(name: str) -> float:
+        pairs = zip(seconds[name], seconds["plain"], strict=True)
+        return round(statistics.median(value / base for value, base in pairs), 3)
+
+    costs = {name: Cost(round(ratio(f"{name} inner") / 2, 3), ratio(f"{name} outer")) for name in ALGORITHMS}
+    console.print(task.name, costs)
+    return costs
