@@ -23,6 +23,9 @@ from stn_fx.rules.tangent import differentiable
 
 aten = torch.ops.aten
 
+EXACT_LIMIT = 2**16
+"""Parameters without a rule for their use get the exact Jacobian up to this many scalars; beyond it costs too much."""
+
 
 @dataclass
 class WeightUse:
@@ -33,6 +36,8 @@ class WeightUse:
     weight: Node
     chain: list[tuple[Node, int]] = field(default_factory=list)
     """Operators from the parameter to ``weight``, in order, each with the argument that it is linear in."""
+    table: bool = False
+    """Whether it is no layer's weight, but so large that it responds as one."""
 
 
 @dataclass
@@ -140,10 +145,14 @@ def _classify(
     if not axes or reason:
         _general(uses, flow, argument, consumer, reason or barred)
         return
-    use = WeightUse(consumer, position, argument)
+    table = rule.is_table(consumer, position)  # type: ignore[union-attr]
+    use = WeightUse(consumer, position, argument, table=table)
     node: Any = argument
     while node.op != "placeholder":
         operand = linear_operand(node, flow.is_fixed)
+        if operand is None and table:
+            _general(uses, flow, argument, consumer, barred)
+            return
         if operand is None:
             uses.effective.setdefault(argument, []).append(WeightUse(consumer, position, argument))
             for name in flow.sources[argument]:
@@ -152,6 +161,9 @@ def _classify(
         use.chain.insert(0, (node, operand))
         node = node.args[operand]
     (name,) = flow.sources[node]
+    if table and node.meta["val"].numel() <= EXACT_LIMIT:
+        _general(uses, flow, argument, consumer, barred)
+        return
     uses.weights.setdefault(name, []).append(use)
 
 
@@ -191,6 +203,8 @@ def row_axes(use: WeightUse, registry: Registry, ndim: int, low_rank: bool) -> l
     """Axes of the parameter that this use allows as its row axis, preferred first."""
     rule = registry.find(use.consumer)
     assert rule is not None
+    if use.table and low_rank:
+        return []
     allowed = rule.weight_axes(use.consumer, use.position, use.weight.meta["val"].ndim)
     ranked = []
     for axis in range(ndim):
