@@ -29,6 +29,20 @@ def several_matrices(m: nn.Module, x: Tensor) -> Tensor:
     return m.f(torch.matmul(x.unsqueeze(1), m.table).sum(1))
 
 
+def relative_positions() -> nn.Module:
+    """As Swin's bias: rows gathered by a fixed index, features (heads) before the two positions."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        heads = x.reshape(-1, 4, 2, 3).transpose(1, 2)
+        bias = m.table[m.places.view(-1)].view(4, 4, -1).permute(2, 0, 1)
+        mixed = (heads @ heads.transpose(-1, -2) + bias).softmax(-1) @ heads
+        return m.f(mixed.transpose(1, 2).reshape(-1, 4, 6))
+
+    model = Fn(forward, table=torch.rand(7, 2))
+    model.register_buffer("places", torch.arange(4)[:, None] - torch.arange(4) + 3)
+    return model
+
+
 TABLES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any], int]] = {
     "added": (lambda: Fn(lambda m, x: m.f(x + m.table), table=torch.rand(1, 8, 6)), noise(8, 6), 2),
     "subtracted, without a batch axis": (
@@ -46,6 +60,7 @@ TABLES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any], int]] = {
     "an embedding of fixed positions": (
         lambda: Fn(lambda m, x: m.f(x + m.table(torch.arange(8))), table=nn.Embedding(9, 6)), noise(8, 6), 1,
     ),
+    "relative positions": (relative_positions, noise(4, 6), 1),
     "several matrices": (lambda: Fn(several_matrices, table=torch.rand(3, 6, 6)), noise(8, 6), 2),
     "added and multiplied": (
         lambda: Fn(lambda m, x: m.f((x + m.table).tanh() * m.table), table=torch.rand(8, 6)), noise(8, 6), 1,

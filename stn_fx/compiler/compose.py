@@ -27,6 +27,8 @@ _RESIZES = {
                  "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa")
 }  # fmt: skip
 """Of each channel by itself."""
+GATHERS = {aten.embedding.default, aten.index.Tensor}
+"""Of rows at fixed places."""
 _PRODUCTS = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}
 _SPLITS = {aten.split.Tensor, aten.chunk.default, aten.split_with_sizes.default}
 
@@ -46,8 +48,9 @@ def linear_operand(node: Node, is_fixed: Callable[[Any], bool]) -> int | None:
         operator.getitem,
     ):
         return 0
-    if node.target is aten.embedding.default:
-        return 0 if is_fixed(node.args[1]) else None
+    if node.target in GATHERS:
+        places = node.args[1] if isinstance(node.args[1], (list, tuple)) else [node.args[1]]
+        return 0 if len(places) == 1 and is_fixed(places[0]) else None
     if node.target in _PRODUCTS:
         first, second = node.args[:2]
         if isinstance(second, Number) or is_fixed(second):
@@ -81,8 +84,8 @@ def map_row_axis(node: Node, operand: int, axis: Any, low_rank: bool) -> Any:
     if node.target in _RESIZES:
         return axis if axis < 2 and not low_rank else None
     shape = node.meta["val"].shape
-    if node.target is aten.embedding.default:
-        return len(shape) - 1 if axis == 1 and not low_rank else None
+    if node.target in GATHERS:
+        return axis + len(shape) - rank if axis > 0 and not low_rank else None
     if axis == 0 and shape and shape[0] == source.shape[0] and len(shape) > 1:  # reshapes of what each row holds
         return 0
     if low_rank:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from stn_fx.compiler.capture import CapturedGraph
-from stn_fx.compiler.compose import linear_operand, map_row_axis
+from stn_fx.compiler.compose import GATHERS, linear_operand, map_row_axis
 from stn_fx.compiler.forward_mode import lacks_forward_mode
 from stn_fx.compiler.functionalize import module_path
 from stn_fx.compiler.layouts import symbolic_axes
@@ -153,7 +153,7 @@ def _classify(
         if operand is None and table:
             _general(uses, flow, argument, consumer, barred)
             return
-        if operand is None:
+        if operand is None or (node.target in GATHERS and not table):  # a layer's rows are those that it was given
             uses.effective.setdefault(argument, []).append(WeightUse(consumer, position, argument))
             for name in flow.sources[argument]:
                 uses.through.setdefault(name, set()).add(argument)
