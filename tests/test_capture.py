@@ -142,6 +142,13 @@ def test_a_forward_that_looks_at_values_is_told_where_and_what_to_do() -> None:
         captured(Branching(), torch.randn(3, 4))
 
 
+def test_of_a_large_batch_two_examples_are_run() -> None:
+    rows = []
+    model = Fn(lambda m, x: (rows.append(x.shape[0]), m.f(x))[1], f=nn.Linear(4, 3))
+    captured(model, torch.randn(64, 4))
+    assert [n for n in rows if isinstance(n, int)] == [2]
+
+
 def test_inputs_that_do_not_fit_are_told() -> None:
     with pytest.raises(CaptureError, match="does not run on the example inputs"):
         captured(nn.Linear(4, 3), torch.randn(3, 5))

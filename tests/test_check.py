@@ -112,6 +112,34 @@ def test_a_wrong_rule_is_caught(rule: type, caught: set[str]) -> None:
     assert "FAILED" in str(result)
 
 
+def with_wrong_gradient(x: torch.Tensor) -> torch.Tensor:
+    """The value, with a gradient that is too large by a thousandth."""
+    return x.detach() + 1.001 * (x - x.detach())
+
+
+class WrongGradient(LinearRule):
+    def respond(self, emit: Any, node: Any) -> Any:
+        return emit.call(with_wrong_gradient, super().respond(emit, node))
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_kinks_neither_raise_an_alarm_nor_hide_a_wrong_gradient(right: bool) -> None:
+    """So many rectifiers that a difference of the usual step crosses the kinks of some."""
+    registry = load_builtin_rules().copy()
+    if not right:
+        registry.register(WrongGradient)
+    torch.manual_seed(0)
+    layers = [layer for _ in range(4) for layer in (nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())]
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), *layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(16, 3))
+    x = torch.randn(3, 3, 24, 24)
+    stn = stn_fx.transform(model, "dropout, weight_decay", (x,), rules=registry)
+    result = stn_fx.check(stn, x)
+    failed = {each.name for each in result.oracles if not each.passed}
+    assert failed == (set() if right else {"gradients of the hyperparameters"}), str(result)
+    if not right:
+        assert result.errors["gradients of the hyperparameters"] == pytest.approx(1e-3, rel=0.05)
+
+
 def test_a_missing_gradient_is_caught() -> None:
     registry = load_builtin_rules().copy()
     registry.register(NoGradient)

@@ -7,8 +7,12 @@ from models import MODELS
 from oracles import Subject, assert_linearized_pass, assert_response_pass, assert_sites
 from rule_cases import Fn, noise, sequence_first
 from torch import Tensor, nn
+from torch.fx.node import map_arg
 
 import stn_fx
+from stn_fx.compiler.capture import capture
+from stn_fx.compiler.layouts import run_node
+from stn_fx.compiler.thinned import run_thinned, weight_of
 from stn_fx.errors import BatchLayoutError, StnError
 from stn_fx.rules.layout import BatchLayout, align, join_batch, pack, scale_rows, split_batch, unpack
 
@@ -148,3 +152,51 @@ def test_statistics_over_the_batch_are_not_conditioned_but_told() -> None:
 
     with pytest.raises(BatchLayoutError):
         stn_fx.transform(build(), "weight_decay", (torch.randn(3, 4),))
+
+
+LAYERS = {
+    "linear": (nn.Linear(12, 5), (3, 4, 12)),
+    "linear without bias, few features": (nn.Linear(2, 5, bias=False), (3, 2)),
+    "convolution": (nn.Conv2d(8, 6, 3, stride=2, padding=1), (3, 8, 9, 9)),
+    "grouped and dilated": (nn.Conv2d(12, 6, 3, groups=2, dilation=2), (3, 12, 9, 9)),
+    "depthwise": (nn.Conv2d(4, 8, 3, padding=1, groups=4), (3, 4, 5, 5)),
+    "same padding": (nn.Conv1d(7, 6, 3, padding="same"), (3, 7, 9)),
+    "in three dimensions": (nn.Conv3d(5, 6, (1, 3, 3)), (3, 5, 4, 5, 5)),
+    "transposed": (nn.ConvTranspose2d(8, 6, 3, stride=2, padding=1, output_padding=1), (3, 8, 4, 4)),
+    "transposed in groups": (nn.ConvTranspose1d(8, 6, 3, groups=2, dilation=2), (3, 8, 6)),
+    "matmul": (Fn(lambda m, x: torch.matmul(x, m.f.weight), f=nn.Linear(5, 12)), (3, 4, 12)),
+    "addmm": (Fn(lambda m, x: torch.addmm(m.f.bias, x, m.f.weight.t()), f=nn.Linear(12, 5)), (3, 12)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_thinned_layer_turns_nan_where_the_layer_does(name: str) -> None:
+    layer, shape = LAYERS[name]
+    graph = capture(layer, (torch.randn(shape),), {}, [0]).evaluation
+    node = next(n for n in graph.graph.nodes if weight_of(n, ()) is not None)
+    x = torch.randn(shape)
+    x[1, ..., -1].view(-1)[-1] = float("nan")
+    x[2].view(-1)[0] = float("nan")
+    state = dict(layer.state_dict())
+    env = {n: state[graph.state[n.name]] for n in graph.placeholders().values() if n.name in graph.state}
+    env[graph.placeholders()[graph.inputs[0]]] = x
+    for each in graph.graph.nodes:  # what leads from a parameter to the weight
+        if each is node:
+            break
+        if each.op == "call_function":
+            env[each] = run_node(each, env)
+    arguments = map_arg(node.args, lambda n: env[n])
+    full, thin = node.target(*arguments), run_thinned(node, arguments, torch.Generator())
+    assert thin.shape == full.shape
+    assert torch.equal(thin.isnan(), full.isnan())
+    assert full[0].isfinite().all()
+
+
+def test_a_weight_that_depends_on_examples_is_not_thinned() -> None:
+    model = Fn(lambda m, x: F.linear(m.f(x), m.g(x)), f=nn.Linear(6, 6), g=nn.Linear(6, 6))
+    graph = capture(model, (torch.randn(3, 6),), {}, [0]).evaluation
+    *layers, product = [n for n in graph.graph.nodes if "linear" in str(n.target)]
+    batched = {n for n in graph.graph.nodes if n.name in graph.inputs or n in layers}
+    assert [weight_of(n, batched) is not None for n in (*layers, product)] == [True, True, False]
+    with pytest.raises(BatchLayoutError):
+        stn_fx.transform(model, "weight_decay", (torch.randn(3, 6),))

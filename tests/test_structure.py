@@ -1,9 +1,22 @@
 """Response structures by themselves: linear in delta, zero at the start, norms without dense weights."""
 
+import copy
+import pickle
+
 import pytest
 import torch
+from torch import nn
 
-from stn_fx.rules.structure import Exact, LowRank, LowRankResponse, Response, RowWise, exact_change, row_scales
+from stn_fx.rules.structure import (
+    Exact,
+    LowRank,
+    LowRankResponse,
+    Response,
+    RowWise,
+    exact_change,
+    row_scales,
+    untouched_zeros,
+)
 
 STRUCTURES = {
     "row-wise": lambda: RowWise((4, 3, 2), 0, 5),
@@ -101,3 +114,29 @@ def test_the_same_seed_gives_the_same_response_in_every_dtype() -> None:
 def test_a_rank_that_is_no_positive_number_is_refused(rank: object) -> None:
     with pytest.raises(ValueError, match="positive whole number"):
         LowRank(rank)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_untouched_zeros_are_zeros_like_any(dtype: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        parameter = nn.Parameter(untouched_zeros((1030, 2, 517)))
+    finally:
+        torch.set_default_dtype(before)
+    assert parameter.shape == (1030, 2, 517)
+    assert parameter.dtype == dtype
+    assert parameter.is_contiguous()
+    assert parameter.data_ptr() % 64 == 0, "vector instructions read whole lines"
+    assert not parameter.any()
+    (parameter.sum() * 2).backward()
+    torch.optim.SGD([parameter], lr=1.0).step()
+    copies = [copy.deepcopy(parameter), pickle.loads(pickle.dumps(parameter)), parameter.detach().share_memory_()]
+    assert all(bool((each == -2).all()) for each in copies)
+
+
+def test_zeros_of_other_devices_and_small_ones_are_torchs() -> None:
+    with torch.device("meta"):
+        assert untouched_zeros((4096, 4096)).is_meta
+    assert torch.equal(untouched_zeros((2, 3)), torch.zeros(2, 3))
+    assert untouched_zeros((0, 3)).shape == (0, 3)

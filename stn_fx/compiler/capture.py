@@ -110,9 +110,8 @@ def capture(
     flat, spec = pytree.tree_flatten((args, kwargs))
     notes: list[str] = []
     flat = _at_least_two_examples(flat, batch_axes, notes)
-    args, kwargs = pytree.tree_unflatten(flat, spec)
     with left_as_found(model):
-        _register_dataclasses(model, args, kwargs)
+        _register_dataclasses(model, flat, spec, batch_axes)
     leaves: dict[str, OpaqueLeaf] = {}
     while True:
         try:
@@ -463,13 +462,18 @@ def _markers(model: nn.Module, leaves: dict[str, OpaqueLeaf], augmentations: Map
             del leaf.module.__dict__["_call_impl"]
 
 
-def _register_dataclasses(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _register_dataclasses(
+    model: nn.Module, flat: list[Any], spec: pytree.TreeSpec, batch_axes: list[int | None]
+) -> None:
     """Dataclasses among inputs and outputs must be known to torch's pytree before export."""
     model.eval()
+    # Two examples tell as much as a large batch, which could take longer than all the rest.
+    two = [v if axis is None else v.narrow(axis, 0, 2) for v, axis in zip(flat, batch_axes, strict=True)]
     try:
-        with torch.no_grad(), buffers_as_found(model), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the user hears them when the model runs in earnest
-            output = model(*args, **kwargs)
+        try:
+            output = _outputs(model, two, spec)
+        except Exception:  # a batch size that is fixed in the model is told when it is captured
+            output = _outputs(model, flat, spec)
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} does not run on the example inputs{_at(error, model)}: "
@@ -477,6 +481,13 @@ def _register_dataclasses(model: nn.Module, args: tuple[Any, ...], kwargs: dict[
         ) from error
     register_dataclasses(output)
     require_output(model, output)
+
+
+def _outputs(model: nn.Module, flat: list[Any], spec: pytree.TreeSpec) -> Any:
+    args, kwargs = pytree.tree_unflatten(flat, spec)
+    with torch.no_grad(), buffers_as_found(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the user hears them when the model runs in earnest
+        return model(*args, **kwargs)
 
 
 def register_dataclasses(value: Any) -> None:

@@ -21,6 +21,14 @@ _RESHAPES = {
     aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten.squeeze.dim,
     aten.unsqueeze.default,
 }  # fmt: skip
+_RESIZES = {
+    getattr(aten, name).vec
+    for name in ("upsample_nearest2d", "_upsample_nearest_exact2d", "upsample_bilinear2d", "upsample_bicubic2d",
+                 "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa")
+}  # fmt: skip
+"""Of each channel by itself."""
+GATHERS = {aten.embedding.default, aten.index.Tensor}
+"""Of rows at fixed places."""
 _PRODUCTS = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}
 _SPLITS = {aten.split.Tensor, aten.chunk.default, aten.split_with_sizes.default}
 
@@ -32,13 +40,17 @@ def linear_operand(node: Node, is_fixed: Callable[[Any], bool]) -> int | None:
         node: any call of an operator.
         is_fixed: whether a node depends neither on parameters nor on inputs, as the mask of a pruned or causal weight.
     """
-    if node.target in _SAME | _SPLITS | _RESHAPES or node.target in (
+    if node.target in _SAME | _SPLITS | _RESHAPES | _RESIZES or node.target in (
         aten.slice.Tensor,
         aten.t.default,
         aten.transpose.int,
+        aten.permute.default,
         operator.getitem,
     ):
         return 0
+    if node.target in GATHERS:
+        places = node.args[1] if isinstance(node.args[1], (list, tuple)) else [node.args[1]]
+        return 0 if len(places) == 1 and is_fixed(places[0]) else None
     if node.target in _PRODUCTS:
         first, second = node.args[:2]
         if isinstance(second, Number) or is_fixed(second):
@@ -67,10 +79,20 @@ def map_row_axis(node: Node, operand: int, axis: Any, low_rank: bool) -> Any:
         if low_rank and rank != 2:
             return None
         return {first: second, second: first}.get(axis, axis)
+    if node.target is aten.permute.default:
+        return None if low_rank else [dim % rank for dim in node.args[1]].index(axis)  # type: ignore[union-attr]
+    if node.target in _RESIZES:
+        return axis if axis < 2 and not low_rank else None
     shape = node.meta["val"].shape
+    if node.target in GATHERS:
+        return axis + len(shape) - rank if axis > 0 and not low_rank else None
     if axis == 0 and shape and shape[0] == source.shape[0] and len(shape) > 1:  # reshapes of what each row holds
         return 0
-    return None
+    if low_rank:
+        return None
+    rows, before = source.shape[axis], source.shape[:axis].numel()
+    kept = [other for other, size in enumerate(shape) if size == rows and shape[:other].numel() == before]
+    return kept[0] if kept and rows != 1 else None
 
 
 def compose(emit: Emitter, node: Node, operand: int, change: StructuredChange, axis: int) -> StructuredChange | None:

@@ -8,6 +8,7 @@ are first computed from them are poisoned.
 """
 
 import contextlib
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -17,13 +18,13 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from stn_fx.compiler.capture import CapturedGraph, CapturedModel
+from stn_fx.compiler.thinned import draw, run_thinned, weight_of
 from stn_fx.rules.layout import BatchLayout
 from stn_fx.rules.markers import is_marker
 from stn_fx.rules.tangent import differentiable
 
 aten = torch.ops.aten
 PROBE_EXAMPLES, POISONED = 3, 1
-PERIOD = 8191
 
 _IDENTITIES = {
     aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default,
@@ -122,29 +123,32 @@ def _poisoned_rows(
     generator = torch.Generator().manual_seed(0)
     env: dict[Node, Any] = {}
     carries: set[Node] = set()
-    depends: set[Node] = set()
     found: dict[Node, dict[int, set[int]]] = {}
     inputs = dict(zip(captured.inputs, zip(model.example, model.batch_axes, strict=True), strict=True))
+    depends = _dependent(captured, {name for name, (_, axis) in inputs.items() if axis is not None})
+    weights = {node: weight_of(node, depends) for node in captured.graph.nodes if node.op == "call_function"}
     last_use = _last_uses(captured)
     for position, node in enumerate(captured.graph.nodes):
         if node.op == "output":
             break
         if node.op == "placeholder":
-            env[node] = _probe_placeholder(node, captured, inputs, state, generator)
-            if node.name in inputs and inputs[node.name][1] is not None:
-                depends.add(node)
-                if differentiable(env[node]):
-                    _poison(env[node], inputs[node.name][1])
-                    carries.add(node)
+            if node.name not in inputs and _is_only_weight(node, weights):
+                env[node] = state[captured.state[node.name]].detach()  # of which the shape is all that is used
+            else:
+                env[node] = _probe_placeholder(node, captured, inputs, state, generator)
+            if node in depends and differentiable(env[node]):
+                _poison(env[node], inputs[node.name][1])
+                carries.add(node)
         else:
             # Sizes carry no example's values: an expanded class token depends on none.
             sources = {n for n in node.all_input_nodes if isinstance(env[n], (Tensor, tuple, list))}
             poisoned = {n: env[n] for n in sources & carries}
             if _is_integer(node.meta.get("val")):  # a NaN would become an index out of range
                 poisoned = {n: torch.nan_to_num(v) if differentiable(v) else v for n, v in poisoned.items()}
-            env[node] = _run_poisoned(node, env | poisoned, captured.batch_symbol)
-            if sources & depends:
-                depends.add(node)
+            if weights[node] is not None:
+                env[node] = run_thinned(node, map_arg(node.args, lambda n: env[n]), generator)
+            else:
+                env[node] = _run_poisoned(node, env | poisoned, captured.batch_symbol)
             if sources & carries and not _is_integer(node.meta.get("val")):
                 carries.add(node)
             elif node in depends and _can_poison(node, captured):
@@ -159,6 +163,21 @@ def _poisoned_rows(
         for done in last_use.get(position, ()):
             env.pop(done, None)
     return found
+
+
+def _dependent(captured: CapturedGraph, batched_inputs: Container[str]) -> set[Node]:
+    """Values that hold something of the examples, rather than of their number."""
+    found: set[Node] = set()
+    for node in captured.graph.nodes:
+        given = node.name in batched_inputs if node.op == "placeholder" else False
+        if given or any(n in found and isinstance(n.meta["val"], (Tensor, tuple, list)) for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _is_only_weight(node: Node, weights: Mapping[Node, Node | None]) -> bool:
+    """Whether all users take the value as the weight of a thinned layer, and for nothing else."""
+    return all(weights.get(user) is node and sum(a is node for a in user.args) == 1 for user in node.users)
 
 
 def _run_poisoned(node: Node, env: dict[Node, Any], symbol: Any) -> Any:
@@ -252,16 +271,8 @@ def _probe_placeholder(
     if isinstance(state[captured.state[node.name]], torch.nn.Parameter) and tensor.is_floating_point():
         # Positive, so that nothing cancels; layers keep the size of values, since an overflow would look like poison.
         fan_in = tensor.numel() / max(1, tensor.shape[0]) if tensor.ndim > 1 else 1.0
-        return _varied(tensor, 1 / fan_in, generator)
+        return draw(tuple(tensor.shape), tensor, 1 / fan_in, generator)
     return tensor.clone()
-
-
-def _varied(like: Tensor, scale: float, generator: torch.Generator) -> Tensor:
-    """Random numbers from 0.5 to 1.5 times ``scale``, repeated with a prime period: drawing all would take longer than
-    all the rest of an analysis of large layers.
-    """
-    few = torch.rand(min(PERIOD, like.numel()), generator=generator).add_(0.5).mul_(scale).to(like)
-    return few.repeat(-(-like.numel() // max(1, len(few))))[: like.numel()].view(like.shape)
 
 
 def run_node(node: Node, env: dict[Node, Any], fixed_statistics: bool = True) -> Any:

@@ -12,7 +12,7 @@ from stn_fx.compiler.capture import CapturedGraph
 from stn_fx.compiler.plan import ParameterPlan, SitePlan
 from stn_fx.compiler.precedence import acting_selections, precedence_notes
 from stn_fx.compiler.sites import FoundSite
-from stn_fx.compiler.uses import GraphUses, ParameterFlow, WeightUse, effective_name, row_axes
+from stn_fx.compiler.uses import EXACT_LIMIT, GraphUses, ParameterFlow, WeightUse, effective_name, row_axes
 from stn_fx.errors import BatchLayoutError, UnknownHyperparameterError
 from stn_fx.hparams import ResolvedHyperparameter, Selection, SiteContext, resolve
 from stn_fx.hparams.weight_groups import weight_groups
@@ -20,9 +20,6 @@ from stn_fx.rules import Registry
 from stn_fx.rules.layout import BatchLayout
 from stn_fx.rules.opaque import OpaqueLeaf
 from stn_fx.rules.structure import LowRank
-
-EXACT_LIMIT = 2**16
-"""Parameters without a rule for their use get the exact Jacobian up to this many scalars; beyond it costs too much."""
 
 
 @dataclass
@@ -112,7 +109,9 @@ def _structured(
         if not common:
             continue
         if not low_rank:
-            reason = "low rank would not be smaller than this layer" if response is not None else ""
+            reason = "" if response is None else "low rank would not be smaller than this layer"
+            if any(use.table for use in uses):
+                reason = "a table, too large for the exact Jacobian"
             plan = ParameterPlan(name, shape, "row-wise", rules, common[0], uses=len(uses) // calls, reason=reason)
             return replace(plan, padding_row=_padding_row(uses, registry))
         assert response is not None

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from stn_fx.compiler.capture import CapturedGraph
-from stn_fx.compiler.compose import linear_operand, map_row_axis
+from stn_fx.compiler.compose import GATHERS, linear_operand, map_row_axis
 from stn_fx.compiler.forward_mode import lacks_forward_mode
 from stn_fx.compiler.functionalize import module_path
 from stn_fx.compiler.layouts import symbolic_axes
@@ -22,6 +22,9 @@ from stn_fx.rules.layout import BatchLayout
 from stn_fx.rules.tangent import differentiable
 
 aten = torch.ops.aten
+
+EXACT_LIMIT = 2**16
+"""Parameters without a rule for their use get the exact Jacobian up to this many scalars; beyond it costs too much."""
 
 
 @dataclass
@@ -33,6 +36,8 @@ class WeightUse:
     weight: Node
     chain: list[tuple[Node, int]] = field(default_factory=list)
     """Operators from the parameter to ``weight``, in order, each with the argument that it is linear in."""
+    table: bool = False
+    """Whether it is no layer's weight, but so large that it responds as one."""
 
 
 @dataclass
@@ -140,11 +145,15 @@ def _classify(
     if not axes or reason:
         _general(uses, flow, argument, consumer, reason or barred)
         return
-    use = WeightUse(consumer, position, argument)
+    table = rule.is_table(consumer, position)  # type: ignore[union-attr]
+    use = WeightUse(consumer, position, argument, table=table)
     node: Any = argument
     while node.op != "placeholder":
         operand = linear_operand(node, flow.is_fixed)
-        if operand is None:
+        if operand is None and table:
+            _general(uses, flow, argument, consumer, barred)
+            return
+        if operand is None or (node.target in GATHERS and not table):  # a layer's rows are those that it was given
             uses.effective.setdefault(argument, []).append(WeightUse(consumer, position, argument))
             for name in flow.sources[argument]:
                 uses.through.setdefault(name, set()).add(argument)
@@ -152,6 +161,9 @@ def _classify(
         use.chain.insert(0, (node, operand))
         node = node.args[operand]
     (name,) = flow.sources[node]
+    if table and node.meta["val"].numel() <= EXACT_LIMIT:
+        _general(uses, flow, argument, consumer, barred)
+        return
     uses.weights.setdefault(name, []).append(use)
 
 
@@ -191,6 +203,8 @@ def row_axes(use: WeightUse, registry: Registry, ndim: int, low_rank: bool) -> l
     """Axes of the parameter that this use allows as its row axis, preferred first."""
     rule = registry.find(use.consumer)
     assert rule is not None
+    if use.table and low_rank:
+        return []
     allowed = rule.weight_axes(use.consumer, use.position, use.weight.meta["val"].ndim)
     ranked = []
     for axis in range(ndim):

@@ -9,7 +9,7 @@ from torch.fx import Node
 from stn_fx.rules.layout import align
 from stn_fx.rules.rule import REGISTRY, Emitter, Rule
 from stn_fx.rules.tangent import pointwise
-from stn_fx.rules.weighted import add_terms
+from stn_fx.rules.weighted import add_terms, scaled_table
 
 aten = torch.ops.aten
 
@@ -20,19 +20,33 @@ class _Broadcast(Rule):
     per_example_arguments = ("self", "other")
     name = "element-wise"
 
+    def weight_axes(self, node: Node, position: int, rank: int) -> tuple[int, ...]:
+        if position > 1 or rank < 2:
+            return ()
+        # Features first, as embeddings; along an axis of one row, every hyperparameter would have the same direction.
+        shape = node.args[position].meta["val"].shape
+        return tuple(axis for axis in reversed(range(rank)) if shape[axis] != 1)
+
+    def is_table(self, node: Node, position: int) -> bool:
+        return True
+
     def change(self, emit: Emitter, node: Node, argument: Any) -> Node | None:
         """Tangent of an operand: an activation's, or a parameter's change aligned to the output."""
-        stack = emit.stack(argument)
+        stack, table = emit.stack(argument), emit.structured(argument)
         if stack is not None:
             return emit.call(align, stack, emit.layout(node), emit.rank(node))
+        if table is not None:
+            layout, rank = emit.layout(node), emit.rank(node)
+            return emit.call(scaled_table, table.factor, table.scales, table.row_axis, layout, rank)
         return emit.tangent(argument)
 
     def respond(self, emit: Emitter, node: Node) -> Node:
         operands = {}
         for index, argument in enumerate(node.args[:2]):
-            stack = emit.stack(argument)
-            if stack is not None:
-                operands[index] = emit.call(align, stack, emit.layout(node), emit.rank(node))
+            if emit.structured(argument) is not None:
+                operands[index] = add_terms(emit, emit.value(argument), self.change(emit, node, argument))
+            elif emit.stack(argument) is not None:
+                operands[index] = self.change(emit, node, argument)
         return emit.copy(node, **{emit.argument_name(node, index): value for index, value in operands.items()})
 
 

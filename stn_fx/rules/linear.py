@@ -34,9 +34,13 @@ class _MatrixRule(Rule):
     name = "linear"
 
     def weight_axes(self, node: Node, position: int, rank: int) -> tuple[int, ...]:
-        if position != self.weight_at or rank != 2:
+        if position != self.weight_at or rank < 2:
             return ()
-        return (self.outputs_axis, 1 - self.outputs_axis)
+        # Of several matrices, the features of the output that they have in common.
+        return (self.outputs_axis, 1 - self.outputs_axis) if rank == 2 else (rank - 1,)
+
+    def is_table(self, node: Node, position: int) -> bool:
+        return position == self.weight_at and node.args[position].meta["val"].ndim > 2
 
     def _bias(self, node: Node) -> Any:
         return node.args[self.bias_at] if self.bias_at is not None and len(node.args) > self.bias_at else None
@@ -51,7 +55,7 @@ class _MatrixRule(Rule):
         if change is None:
             return total
         x, input_layout = emit.value(node.args[self.input_at]), emit.layout(node.args[self.input_at])
-        rows_are_outputs = change.row_axis == self.outputs_axis
+        rows_are_outputs = change.row_axis == self.outputs_axis or emit.rank(node.args[self.weight_at]) > 2
         if change.left is not None:
             term = emit.call(
                 low_rank_linear, x, change.left, change.factor, change.scales, input_layout, rows_are_outputs

@@ -122,6 +122,13 @@ class Rule:
         """
         return None
 
+    def is_table(self, node: Node, position: int) -> bool:
+        """Whether the tensor at ``position`` is scaled along ``weight_axes`` only where it is large.
+
+        Small ones get the exact Jacobian, as everything does that is no weight of a layer.
+        """
+        return False
+
     def padding_row(self, node: Node) -> int | None:
         """Index of the weight's axis 0 that no gradient reaches from this call; None = there is none."""
         return None

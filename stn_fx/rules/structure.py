@@ -11,6 +11,7 @@ Shapes: O rows (outputs), H hyperparameters, B examples, r rank; "row axis" is t
 """
 
 import math
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ from stn_fx.errors import InputError
 
 Addition = Callable[[float], None]
 
+LARGE_BYTES = 1 << 20
+"""Of zeros that are worth memory pages of their own."""
 CHUNK = 1 << 18
 """Elements of a product that the CPU's cache holds."""
 
@@ -88,7 +91,7 @@ class RowWise(Response):
     def __init__(self, shape: tuple[int, ...], row_axis: int, hyperparameters: int) -> None:
         super().__init__(shape)
         self.row_axis = row_axis
-        self.U = nn.Parameter(torch.zeros(self.shape))
+        self.U = nn.Parameter(untouched_zeros(self.shape))
         self.V = nn.Parameter(torch.empty(self.shape[row_axis], hyperparameters))
 
     def initialise(self, generator: torch.Generator) -> None:
@@ -197,6 +200,20 @@ class Exact(Response):
 
     def _jacobian(self) -> Tensor:
         return self.G.flatten(0, -2) if self.G.ndim > 1 else self.G.unsqueeze(0)
+
+
+def untouched_zeros(shape: tuple[int, ...]) -> Tensor:
+    """``torch.zeros(shape)``; on the CPU, memory of a large one is taken when it is first written.
+
+    ``U`` is as large as the model: writing its zeros would take longer than the rest of a conversion, and memory that a
+    model which is only reported on never needs.
+    """
+    like = torch.empty(0)  # of the device and dtype that are set
+    size = math.prod(shape) * like.element_size()
+    if like.device.type != "cpu" or size < LARGE_BYTES or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.zeros(shape)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=like.dtype).view(shape)
 
 
 def square_norm(weight: Tensor) -> Tensor:

@@ -42,6 +42,13 @@ def with_trailing_axes(stack: Tensor, count: int) -> Tensor:
     return stack.reshape(*stack.shape, *(1,) * count)
 
 
+def scaled_table(factor: Tensor, scales_BO: Tensor, row_axis: int, layout: tuple[int, int, int], ndim: int) -> Tensor:
+    """``diag(s_i) U`` of every example, where ``factor`` (U) broadcasts against values of this layout and rank."""
+    rows = [1] * factor.ndim
+    rows[row_axis] = scales_BO.shape[1]
+    return align(scales_BO.reshape(-1, *rows), layout, ndim) * factor
+
+
 def bias_term(emit: Emitter, node: Node, bias: Any, total: Node | None, channel_axis: int) -> Node | None:
     """Add a bias that differs per example: its change (linearized) or its value (response pass)."""
     stack = emit.stack(bias)

@@ -3,6 +3,7 @@
 B examples, H hyperparameters.  Errors are relative norms, the largest over outputs and examples.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -206,12 +207,12 @@ def response_gradients(trial: Trial) -> Found:
     directions = [s * scale for s, scale in zip(signs, scales, strict=True)]
     slope = sum(float((g * d).sum()) for g, d in zip(found, directions, strict=True))
 
-    def error(step: float) -> float:
+    def difference(step: float) -> Tensor:
         ends = [_moved(list(named.values()), directions, sign * step, loss) for sign in (1, -1)]
-        return abs((ends[0] - ends[1]) / (2 * step) - slope) / max(abs(slope), 1e-12)
+        return torch.tensor((ends[0] - ends[1]) / (2 * step), dtype=torch.float64)
 
     note = f"zero for this batch: {', '.join(zero[:3])}" + (" and others" if len(zero) > 3 else "") if zero else ""
-    return best_of_steps(trial.step, error), note
+    return error_by_differences(torch.tensor(slope, dtype=torch.float64), trial.step, difference), note
 
 
 def hypergradients(trial: Trial) -> Found:
@@ -230,7 +231,7 @@ def hypergradients(trial: Trial) -> Found:
         with held:
             return weighted_sum(floating(trial.call(stn.respond, raw=raw.expand(trial.batch, -1))))
 
-    def error(step: float) -> float:
+    def difference(step: float) -> Tensor:
         differences = torch.zeros_like(gradient)
         with torch.no_grad():
             for h in range(len(centre)):
@@ -240,12 +241,12 @@ def hypergradients(trial: Trial) -> Found:
                     raw[h] += sign * step
                     ends.append(loss(raw))
                 differences[h] = (ends[0] - ends[1]) / (2 * step)
-        return relative_error([gradient], [differences])
+        return differences
 
     zero = [name for name, g in zip(stn.hparams.names, gradient, strict=True) if g == 0]
     if zero:
         return math.nan, f"zero: {', '.join(zero[:4])}"
-    return best_of_steps(trial.step, error), ""
+    return error_by_differences(gradient, trial.step, difference, floor=1e-6), ""
 
 
 # ---- details
@@ -258,17 +259,32 @@ def relative_error(ours: list[Tensor], judged: list[Tensor]) -> float:
     return worst([float((a - b).norm() / b.norm().clamp(min=1e-6)) for a, b in zip(ours, judged, strict=True)])
 
 
-def best_of_steps(step: float, error: Callable[[float], float]) -> float:
-    """Error against central differences at the step that suits: a wrong gradient agrees with none.
+def error_by_differences(
+    gradient: Tensor, step: float, difference: Callable[[float], Tensor], floor: float = 1e-12
+) -> float:
+    """Error against central differences of the step that suits, relative to their norm or ``floor``; NaN where any is.
 
-    A large step crosses the kinks of rectifiers, a small one drowns in rounding.
+    A large step crosses the kinks of rectifiers, a small one drowns in rounding. Where the usual step does not settle
+    it, the differences alone choose: those two of neighbouring steps that agree best with each other. That the gradient
+    has no say keeps a wrong one from meeting a stray difference by luck.
     """
-    errors: list[float] = []
+    found: dict[float, Tensor] = {}
+    errors: dict[float, float] = {}
     for factor in (1.0, 0.1, 10.0, 0.01, 0.001):
-        errors.append(error(factor * step))
-        if errors[-1] < GOOD_DIFFERENCE:
-            break
-    return math.nan if any(math.isnan(e) for e in errors) else min(errors)
+        found[factor] = difference(factor * step)
+        errors[factor] = float((gradient - found[factor]).norm() / found[factor].norm().clamp(min=floor))
+        if errors[factor] < GOOD_DIFFERENCE:
+            return errors[factor]
+    if any(math.isnan(error) for error in errors.values()):
+        return math.nan
+    _, small, large = min((_disagreement(found[a], found[b]), a, b) for a, b in itertools.pairwise(sorted(found)))
+    return min(errors[small], errors[large])
+
+
+def _disagreement(first: Tensor, second: Tensor) -> float:
+    """Relative; infinite where one is zero, since a step that is lost in rounding moves nothing."""
+    size = float(min(first.norm(), second.norm()))
+    return float((first - second).norm()) / size if size else math.inf
 
 
 def worst(errors: list[float]) -> float:
