@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from quality_costs import measure_costs
-from quality_methods import METHODS, jobs, perform
+from quality_methods import METHODS, SEARCHES, SEEDS, jobs, perform
 from quality_report import write_report
 from quality_tasks import TASKS
 from quality_training import Cost
@@ -35,7 +35,11 @@ RESULTS = Path(__file__).parent / "results" / "quality"
 def run(options: argparse.Namespace, console: Console) -> None:
     """All jobs that are not done, in processes of one thread each."""
     costs = read_costs(options.out)
-    todo = jobs(options.tasks, options.methods)
+    todo = [
+        job
+        for job in jobs(options.tasks, options.methods)
+        if job.method in SEARCHES or (job.start in options.starts and job.seed in options.seeds)
+    ]
     context = multiprocessing.get_context("spawn")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress, ProcessPoolExecutor(options.jobs, context) as pool:
@@ -70,6 +74,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--starts", nargs="+", default=[start for task in TASKS.values() for start in task.starts])
+    parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS))
     parser.add_argument("--jobs", type=int, default=1, help="processes, each with one thread")
     options = parser.parse_args()
     console = Console()

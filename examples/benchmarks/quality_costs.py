@@ -11,7 +11,7 @@ from quality_tasks import Task
 from quality_training import Cost, sgd
 from rich.console import Console
 
-from stn_fx.bilevel import STN, DeltaSTN, EveryKth, FixedHyperparameters, Linearized, OnFraction, WithoutLinearization
+from stn_fx.bilevel import STN, DeltaSTN, FixedHyperparameters
 from stn_fx.data import ImageBatches
 from stn_fx.data.batches import Normalisation
 
@@ -19,9 +19,6 @@ REPETITIONS = 15
 ALGORITHMS = {
     "delta_stn": lambda stn, rates: DeltaSTN(stn, **rates),
     "stn": lambda stn, rates: STN(stn, **rates),
-    "half_batch": lambda stn, rates: DeltaSTN(stn, response_step=OnFraction(Linearized(), 0.5), **rates),
-    "every_second": lambda stn, rates: DeltaSTN(stn, response_step=EveryKth(Linearized(), 2), **rates),
-    "not_linearized": lambda stn, rates: DeltaSTN(stn, response_step=WithoutLinearization(), **rates),
 }
 
 
@@ -35,7 +32,7 @@ def measure_costs(task: Task, data: Path, console: Console) -> dict[str, Cost]:
     calls: dict[str, Callable[[], object]] = {"plain": lambda: plain.inner_step(batch)}
     for name, build in ALGORITHMS.items():
         algorithm = build(task.wrapped(splits, 0), rates)
-        # Twice, because one of them does something else in every second step.
+        # Twice, because the response of one of them learns in every second step.
         calls[f"{name} inner"] = lambda a=algorithm: (a.inner_step(batch), a.inner_step(batch))
         calls[f"{name} outer"] = lambda a=algorithm: a.outer_step(batch)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
