@@ -107,6 +107,8 @@ class WithoutLinearization(_Perturbed):
 class EveryKth(ResponseStep):
     """Another way in every k-th inner step, beginning with the first.
 
+    Where several batches are accumulated, in all batches of every k-th update.
+
     Args:
         step: the way.
         k: 1 for every inner step.
@@ -120,7 +122,7 @@ class EveryKth(ResponseStep):
         self._passed = 0
 
     def __call__(self, algorithm: "DeltaSTN", batch: Batch) -> Outcome | None:
-        due = self._passed % self.k == 0
+        due = self._passed // algorithm.updates.accumulate % self.k == 0
         self._passed += 1
         return self.step(algorithm, batch) if due else None
 
