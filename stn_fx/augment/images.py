@@ -9,7 +9,7 @@ from stn_fx.augment.draws import Draws
 from stn_fx.errors import InputError
 
 # On CPU so many numbers for each thread at a time: with what is made of them, they stay in the cache of a core.
-CACHED = 2**20
+CACHED = 2**18
 
 
 def check_images(x_BCHW: Tensor, what: str) -> None:
