@@ -16,7 +16,7 @@ from bilevel_fake import FakeSelfTuningModule, classification_batches
 from torch import nn
 from torch.optim import SGD, Adam
 
-from stn_fx.bilevel import BilevelTrainer, Callback, Checkpoint, FixedHyperparameters, KeepBest, Terminated
+from stn_fx.bilevel import BilevelTrainer, Callback, Checkpoint, FixedHyperparameters, KeepBest, Linearized, Terminated
 from stn_fx.bilevel.checkpoint_file import checkpoints_in, read_checkpoint, require_plain, write_checkpoint
 from stn_fx.bilevel.generators import Generators, generators_in
 from stn_fx.bilevel.reader import BatchReader
@@ -163,6 +163,7 @@ def test_a_finished_run_resumes_to_its_end(tmp_path):
         ({"hparams": "weight_decay(high=0.5),label_smoothing"}, {}, ["weight_decay high is 1.0", "and 0.5 here"]),
         ({"base_optimizer": partial(Adam, lr=1e-3)}, {}, ["optimizer base is SGD in the checkpoint and Adam here"]),
         ({"algorithm": FixedHyperparameters}, {}, ["algorithm is DeltaSTN", "only in the checkpoint: optimizer hyper"]),
+        ({"response_step": Linearized(antithetic=False)}, {}, ["EveryKth(Linearized(antithetic=True), 2)"]),
         ({}, {"epochs": 5, "warmup_epochs": 2}, ["epochs is 3 in", "and 5 here", "warmup_epochs is 1"]),
         ({}, {"callbacks": [KeepBest()]}, ["callback is [] in the checkpoint and ['KeepBest'] here"]),
     ],

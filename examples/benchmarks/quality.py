@@ -27,8 +27,6 @@ from quality_training import Cost
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from stn_fx.bilevel.interruption import Terminated
-
 RESULTS = Path(__file__).parent / "results" / "quality"
 
 
@@ -52,7 +50,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
                 job, minutes = futures[future], (time.monotonic() - started) / 60
                 progress.console.print(f"{minutes:6.1f} min  {job.folder}")
                 progress.advance(line)
-        except (KeyboardInterrupt, Terminated):
+        except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise
 

@@ -130,6 +130,10 @@ class Algorithm(ABC):
     def outer_step(self, content: Any) -> OuterRecord:
         """Update hyperparameters by one validation batch; raises as `inner_step` does."""
 
+    def description(self) -> str:
+        """What a checkpoint of its runs must agree on, for people to read."""
+        return type(self).__qualname__
+
     @property
     def healthy(self) -> bool:
         """Whether the last update of every group was applied."""

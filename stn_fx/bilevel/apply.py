@@ -130,15 +130,14 @@ class Updater:
             self._forget()
         losses = [lambda: loss] if isinstance(loss, Tensor) else loss
         factor = share / self.accumulate
-        value = 0.0 if decay is None else decay.value.item()
+        value = 0.0
         for compute in losses:
-            value += self._differentiate(compute(), what, factor / len(losses)) / len(losses)
+            value += self._differentiate(compute(), what, factor / len(losses), decay) / len(losses)
             if not math.isfinite(value):
                 break
         unusable = float(not math.isfinite(value))
         if self.replicas.count > 1:
-            device = self.parameters[0].device
-            total, unusable = self.replicas.sums([share * value, unusable], device)
+            total, unusable = self.replicas.sums([share * value, unusable], self.parameters[0].device)
             value = total / self.replicas.count
         reason = None
         if unusable:
@@ -151,15 +150,15 @@ class Updater:
             reason = self._step(what, value)
         return Outcome(value, reason)
 
-    def _differentiate(self, loss: Tensor, what: str, factor: float) -> float:
-        """Add the gradient of one loss where it is finite; its value."""
+    def _differentiate(self, loss: Tensor, what: str, factor: float, decay: Decay | None) -> float:
+        """Add the gradient of one loss where it is finite with the decay; the value of both, read in one go."""
         if not loss.requires_grad:
             raise InputError(
                 f"The {what} does not depend on the model's output in a differentiable way (detached, converted, or "
                 f"made of integers?), so there is nothing to learn from. Compute it from the output with torch "
                 f"operations."
             )
-        value = loss.item()
+        value = (loss.detach() if decay is None else loss.detach() + decay.value).item()
         if math.isfinite(value):
             (loss * factor).backward(inputs=self.parameters)
         return value

@@ -26,12 +26,7 @@ from stn_fx.bilevel.apply import Outcome
 from stn_fx.bilevel.batch import Batch, batch_size
 from stn_fx.bilevel.generators import default_generators
 from stn_fx.bilevel.objective import Objective
-from stn_fx.bilevel.updates import (
-    Precision,
-    linearized_response_loss,
-    perturbed_response_loss,
-    response_update,
-)
+from stn_fx.bilevel.updates import Precision, linearized_response_loss, perturbed_response_loss, response_update
 from stn_fx.errors import InputError
 
 if TYPE_CHECKING:
@@ -65,6 +60,9 @@ class _Perturbed(ResponseStep):
 
     def __init__(self, antithetic: bool = True) -> None:
         self.antithetic = antithetic
+
+    def __repr__(self) -> str:
+        return f"{type(self).__qualname__}(antithetic={self.antithetic})"
 
     @staticmethod
     @abstractmethod
@@ -121,6 +119,9 @@ class EveryKth(ResponseStep):
         self.k = k
         self._passed = 0
 
+    def __repr__(self) -> str:
+        return f"EveryKth({self.step}, {self.k})"
+
     def __call__(self, algorithm: "DeltaSTN", batch: Batch) -> Outcome | None:
         due = self._passed // algorithm.updates.accumulate % self.k == 0
         self._passed += 1
@@ -147,6 +148,9 @@ class OnFraction(ResponseStep):
             raise InputError(f"fraction={fraction}: it must lie between 0 and 1.")
         self.step = step
         self.fraction = fraction
+
+    def __repr__(self) -> str:
+        return f"OnFraction({self.step}, {self.fraction})"
 
     def __call__(self, algorithm: "DeltaSTN", batch: Batch) -> Outcome | None:
         size = math.ceil(self.fraction * batch_size(algorithm.stn, batch))

@@ -110,6 +110,9 @@ class DeltaSTN(Algorithm):
             response = self.response_step(self, batch)
         return InnerRecord.of(base, response)
 
+    def description(self) -> str:
+        return f"{super().description()} with {self.response_step}"
+
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"response_step": self.response_step.state_dict()}
 

@@ -320,7 +320,7 @@ class _Fit:
                 str(spec["name"]): {key: spec[key] for key in ("low", "high", "discrete")}
                 for spec in stn.hparams.specs()
             },
-            "algorithm": type(self.algorithm).__qualname__,
+            "algorithm": self.algorithm.description(),
             "optimizer": {role: type(each).__qualname__ for role, each in self.algorithm.optimizers.items()},
             "callback": [type(each).__qualname__ for each in self.callbacks if each.has_state()],
             "batches of the loader": {
