@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stn_fx.augment.draws import Draws
-from stn_fx.augment.images import check_images, piece_by_piece, symmetric, where_active, working
+from stn_fx.augment.images import check_images, symmetric, where_active, working
 
 # A map that moves no pixel by more than this (relative to half a side) is the identity: float32 cannot tell.
 STILL = 1e-6
@@ -119,17 +119,12 @@ def warp(x_BCHW: Tensor, maps_B23: Tensor) -> Tensor:
     across_B21W = (theta_B23[..., :1] * place_W)[:, :, None]
     down_B2H1 = (theta_B23[..., 1:2] * place_H + theta_B23[..., 2:])[..., None]
 
-    def change(
-        images: Tensor, moves_B: Tensor, across_B21W: Tensor, down_B2H1: Tensor, out: Tensor | None = None
-    ) -> Tensor:
+    def sample(images: Tensor) -> Tensor:
         grid_BHW2 = (across_B21W + down_B2H1).permute(0, 2, 3, 1)
+        return F.grid_sample(images, grid_BHW2, mode="bilinear", padding_mode="zeros", align_corners=False)
 
-        def sample(images: Tensor) -> Tensor:
-            return F.grid_sample(images, grid_BHW2, mode="bilinear", padding_mode="zeros", align_corners=False)
-
-        return where_active(moves_B, sample, images, out)
-
-    return piece_by_piece(change, x_BCHW, moves_B, across_B21W, down_B2H1)
+    # Not in pieces: what lies between the passes is the grid alone, and the images would be copied once more.
+    return where_active(moves_B, sample, x_BCHW)
 
 
 def horizontal_flip(x_BCHW: Tensor, probability_B: Tensor, draws: Draws, name: str) -> Tensor:
