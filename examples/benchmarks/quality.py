@@ -14,6 +14,7 @@ every search at its best trial, and the test loss only there.
 import argparse
 import json
 import multiprocessing
+import signal
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
@@ -36,7 +37,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
     todo = [
         job
         for job in jobs(options.tasks, options.methods)
-        if job.method in SEARCHES or (job.start in options.starts and job.seed in options.seeds)
+        if job.method == "random"
+        or (job.seed in options.seeds and (job.method in SEARCHES or job.start in options.starts))
     ]
     context = multiprocessing.get_context("spawn")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -51,8 +53,15 @@ def run(options: argparse.Namespace, console: Console) -> None:
                 progress.console.print(f"{minutes:6.1f} min  {job.folder}")
                 progress.advance(line)
         except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
-            raise
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise SystemExit("Interrupted. The same command goes on behind the runs that are done.") from None
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    """SIGTERM as Ctrl-C, so that no process of a run outlives it."""
+    raise KeyboardInterrupt
 
 
 def read_costs(out: Path) -> dict[str, dict[str, Cost]]:
@@ -73,7 +82,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--starts", nargs="+", default=[start for task in TASKS.values() for start in task.starts])
-    parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS))
+    parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS), help="random: all trials")
     parser.add_argument("--jobs", type=int, default=1, help="processes, each with one thread")
     options = parser.parse_args()
     console = Console()
@@ -84,6 +93,7 @@ def main() -> None:
     if options.data is None:
         parser.error("--data is needed: the folder that holds fashion-mnist and cifar10-jpeg")
     if options.what == "run":
+        signal.signal(signal.SIGTERM, _interrupt)
         run(options, console)
         return
     measured = {

@@ -81,7 +81,7 @@ FASHION = Task(
     },
     examples=10_000,
     plain_epochs=30,
-    learning_rate=0.04,
+    learning_rate=0.02,
 )
 
 COLOURS = ("brightness", "contrast", "saturation", "hue")
