@@ -21,7 +21,7 @@ from quality_training import Cost, Way  # noqa: E402
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
-COSTS = {"delta_stn": Cost(2.5, 1.0), "stn": Cost(1.8, 1.0)}
+COSTS = {"delta_stn": Cost(2.5, 1.0), "stn": Cost(1.8, 1.0), "low_rank": Cost(2.2, 1.0)}
 
 
 def tiny_model():

@@ -1,4 +1,4 @@
-"""How exact is the hypergradient while a model trains?  Against runs retrained at hyperparameters around the current ones.
+"""How exact is the hypergradient while a model trains?  Against runs retrained around the current hyperparameters.
 
     python examples/benchmarks/hypergradient_accuracy.py                        # scikit-learn's digits, about an hour
     python examples/benchmarks/hypergradient_accuracy.py --epochs 20 --looks 2 --seeds 4

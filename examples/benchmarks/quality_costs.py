@@ -9,17 +9,14 @@ from pathlib import Path
 import torch
 from quality_tasks import Task
 from quality_training import Cost, sgd
+from quality_tuners import RESPONSES, measured
 from rich.console import Console
 
-from stn_fx.bilevel import STN, DeltaSTN, FixedHyperparameters
+from stn_fx.bilevel import FixedHyperparameters
 from stn_fx.data import ImageBatches
 from stn_fx.data.batches import Normalisation
 
 REPETITIONS = 15
-ALGORITHMS = {
-    "delta_stn": lambda stn, rates: DeltaSTN(stn, **rates),
-    "stn": lambda stn, rates: STN(stn, **rates),
-}
 
 
 def measure_costs(task: Task, data: Path, console: Console) -> dict[str, Cost]:
@@ -27,13 +24,11 @@ def measure_costs(task: Task, data: Path, console: Console) -> dict[str, Cost]:
     torch.set_num_threads(1)
     splits = task.splits(data)
     batch = next(iter(ImageBatches(splits.train, Normalisation.of(splits.train), task.batch_size)))
-    rates = {"base_optimizer": sgd(task), "response_optimizer": sgd(task)}
     plain = FixedHyperparameters(task.wrapped(splits, 0), base_optimizer=sgd(task))
     calls: dict[str, Callable[[], object]] = {"plain": lambda: plain.inner_step(batch)}
-    for name, build in ALGORITHMS.items():
-        algorithm = build(task.wrapped(splits, 0), rates)
-        # Twice, because the response of one of them learns in every second step.
-        calls[f"{name} inner"] = lambda a=algorithm: (a.inner_step(batch), a.inner_step(batch))
+    for name, build in measured().items():
+        algorithm = build(task, task.wrapped(splits, 0, RESPONSES.get(name)))
+        calls[f"{name} inner"] = lambda a=algorithm: a.inner_step(batch)
         calls[f"{name} outer"] = lambda a=algorithm: a.outer_step(batch)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     order = random.Random(0)
@@ -49,6 +44,6 @@ def measure_costs(task: Task, data: Path, console: Console) -> dict[str, Cost]:
         pairs = zip(seconds[name], seconds["plain"], strict=True)
         return round(statistics.median(value / base for value, base in pairs), 3)
 
-    costs = {name: Cost(round(ratio(f"{name} inner") / 2, 3), ratio(f"{name} outer")) for name in ALGORITHMS}
+    costs = {name: Cost(ratio(f"{name} inner"), ratio(f"{name} outer")) for name in measured()}
     console.print(task.name, costs)
     return costs

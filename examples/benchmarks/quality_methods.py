@@ -4,28 +4,22 @@ A job is one chain of runs that need each other's results (a search of one seed)
 a JSON file, written at once; a job that is started again goes on behind the runs that it finds.
 """
 
-import copy
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import optuna
 import torch
 from quality_tasks import TASKS, Task
 from quality_training import Cost, Outcome, Way, sgd, train
-from torch.optim import RMSprop
+from quality_tuners import TUNERS, VARIANTS
 
-from stn_fx.bilevel import STN, DeltaSTN, EveryKth, FixedHyperparameters, Linearized
+from stn_fx.bilevel import FixedHyperparameters
 from stn_fx.bilevel.atomic import write_atomically
-from stn_fx.bilevel.response_step import ResponseStep
 from stn_fx.data import Splits
-
-if TYPE_CHECKING:
-    from stn_fx.transform import SelfTuningModule
 
 SEEDS = (0, 1, 2)
 TRIALS = 10
@@ -42,59 +36,6 @@ POOL_SEED = 1000
 def fixed(task: Task) -> Way:
     """Ordinary training: the unit of compute."""
     return Way(lambda stn: FixedHyperparameters(stn, base_optimizer=sgd(task)), Cost(1.0))
-
-
-DEFAULT_EVERY = 2
-"""Of `DeltaSTN`: its response learns in every second step."""
-TRAIN_STEPS, WARM_UP, OUTER_RATE = 2, 0.2, 0.05
-"""T_train, the share of the epochs without outer steps, and the rate of RMSprop for hyperparameters (scales: its
-default), for all that tune: what did best in a study of one seed."""
-
-
-def delta_stn(task: Task, costs: dict[str, Cost]) -> Way:
-    """Delta-STN as stn_fx has it, with its defaults."""
-    return _delta_stn(task, costs["delta_stn"], EveryKth(Linearized(), DEFAULT_EVERY))
-
-
-def every_eighth(task: Task, costs: dict[str, Cost]) -> Way:
-    """The same at a quarter of the cost of the response."""
-    cost = costs["delta_stn"]
-    passes = (cost.inner - 1) * DEFAULT_EVERY / 8
-    return _delta_stn(task, replace(cost, inner=1 + passes), EveryKth(Linearized(), 8))
-
-
-def papers(task: Task, costs: dict[str, Cost]) -> Way:
-    """Delta-STN with the papers' single perturbations."""
-    return _delta_stn(task, costs["delta_stn"], Linearized(antithetic=False))
-
-
-def stn(task: Task, costs: dict[str, Cost]) -> Way:
-    """STN (MacKay et al. 2019)."""
-
-    def build(wrapped: "SelfTuningModule") -> STN:
-        return STN(wrapped, **_optimizers(task))
-
-    return Way(build, costs["stn"], TRAIN_STEPS, WARM_UP)
-
-
-def _delta_stn(task: Task, cost: Cost, response_step: ResponseStep) -> Way:
-    def build(wrapped: "SelfTuningModule") -> DeltaSTN:
-        return DeltaSTN(wrapped, response_step=copy.deepcopy(response_step), **_optimizers(task))
-
-    return Way(build, cost, TRAIN_STEPS, WARM_UP)
-
-
-def _optimizers(task: Task) -> dict[str, Any]:
-    outer = partial(RMSprop, lr=OUTER_RATE)
-    return {"base_optimizer": sgd(task), "response_optimizer": sgd(task), "hyper_optimizer": outer}
-
-
-TUNERS: dict[str, Callable[[Task, dict[str, Cost]], Way]] = {
-    "delta_stn": delta_stn,
-    "every_eighth": every_eighth,
-    "papers": papers,
-    "stn": stn,
-}
 
 
 @dataclass(frozen=True)
@@ -132,7 +73,7 @@ def jobs(tasks: list[str], methods: list[str]) -> list[Job]:
                 found += [Job(task, method, start, seed) for start in starts for seed in SEEDS]
             else:
                 start = "" if method in SEARCHES else published
-                found += [Job(task, method, start, seed) for seed in SEEDS]
+                found += [Job(task, method, start, seed) for seed in (SEEDS[:1] if method in VARIANTS else SEEDS)]
     return found
 
 
@@ -146,7 +87,7 @@ def perform(job: Job, out: Path, data: Path, costs: dict[str, Cost]) -> None:
     if job.method in SEARCHES:
         SEARCHES[job.method](task, splits, job, folder)
     elif not (path := folder / "run.json").exists():
-        way = fixed(task) if job.method == "fixed" else TUNERS[job.method](task, costs)
+        way = fixed(task) if job.method == "fixed" else (TUNERS | VARIANTS)[job.method](task, costs)
         _save(path, train(task, splits, way, job.seed, dict(task.starts[job.start]), TUNING_BUDGET))
 
 
@@ -186,7 +127,7 @@ def _asha(task: Task, splits: Splits, job: Job, folder: Path) -> None:
 
 
 SEARCHES: dict[str, Callable[[Task, Splits, Job, Path], None]] = {"random": _random, "tpe": _tpe, "asha": _asha}
-METHODS = ("fixed", *SEARCHES, *TUNERS)
+METHODS = ("fixed", *SEARCHES, *TUNERS, *VARIANTS)
 
 
 def _search(

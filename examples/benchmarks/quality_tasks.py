@@ -9,6 +9,7 @@ import torch
 from simple_cnn import SimpleCNN
 from torch import nn
 
+from stn_fx import LowRank
 from stn_fx.data import Splits, load_images, split_images
 from stn_fx.data.batches import ImageBatches, Normalisation
 from stn_fx.transform import SelfTuningModule, transform
@@ -54,12 +55,14 @@ class Task:
             source.train, source.test, source.classes, self.valid_fraction, self.examples, seed=SPLIT_SEED
         )
 
-    def wrapped(self, splits: Splits, seed: int) -> SelfTuningModule:
+    def wrapped(self, splits: Splits, seed: int, response: LowRank | None = None) -> SelfTuningModule:
         """A new, untrained model; the seed is that of its weights, masks and perturbations."""
         normalisation = Normalisation.of(splits.train)
         torch.manual_seed(seed)
         x, _ = next(iter(ImageBatches(splits.train, normalisation, self.batch_size)))
-        return transform(self.build(), self.hparams, (x,), seed=seed, image_format=normalisation.image_format)
+        form = "rowwise" if response is None else response
+        image_format = normalisation.image_format
+        return transform(self.build(), self.hparams, (x,), response=form, seed=seed, image_format=image_format)
 
 
 def _simple_cnn_start(rates: list[float], holes: float, length: float) -> Values:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from quality_tasks import Task, Values
 from torch.optim import SGD
 
+from stn_fx import LowRank
 from stn_fx.bilevel import Algorithm, BilevelTrainer, Callback, EpochRecord, FitResult, KeepBest
 from stn_fx.data import ImageBatches, Splits
 from stn_fx.data.batches import Normalisation
@@ -43,6 +44,7 @@ class Way:
         train_steps: T_train.
         warmup: share of the epochs without outer steps.
         valid_batch: size of the batches of outer steps.
+        response: form of the response; row-wise where None.
     """
 
     algorithm: Callable[["SelfTuningModule"], Algorithm]
@@ -50,6 +52,7 @@ class Way:
     train_steps: int = 5
     warmup: float = 0.0
     valid_batch: int = 128
+    response: LowRank | None = None
 
     def epochs(self, task: Task, batches: int, plain_runs: float) -> int:
         """The most epochs that cost no more than this many plain runs."""
@@ -148,7 +151,7 @@ def train(
     batches = partial(ImageBatches, normalisation=normalisation)
     training = batches(splits.train, batch_size=task.batch_size, shuffle=True, drop_last=True, seed=2 * seed)
     validation = batches(splits.valid, batch_size=way.valid_batch, shuffle=True, seed=2 * seed + 1)
-    stn = task.wrapped(splits, seed)
+    stn = task.wrapped(splits, seed, way.response)
     stn.hparams.set_values(initial)
     trainer = BilevelTrainer(stn, train=training, valid=validation, algorithm=way.algorithm(stn))
     epochs = min(way.epochs(task, len(training), plain_runs), most_epochs or 10**9)

@@ -111,7 +111,7 @@ def capture(
     notes: list[str] = []
     flat = _at_least_two_examples(flat, batch_axes, notes)
     with left_as_found(model):
-        _register_dataclasses(model, flat, spec, batch_axes)
+        _try_out(model, flat, spec, batch_axes)
     leaves: dict[str, OpaqueLeaf] = {}
     while True:
         try:
@@ -462,10 +462,10 @@ def _markers(model: nn.Module, leaves: dict[str, OpaqueLeaf], augmentations: Map
             del leaf.module.__dict__["_call_impl"]
 
 
-def _register_dataclasses(
+def _try_out(
     model: nn.Module, flat: list[Any], spec: pytree.TreeSpec, batch_axes: list[int | None]
 ) -> None:
-    """Dataclasses among inputs and outputs must be known to torch's pytree before export."""
+    """Run once: the model must run on the example, and torch's pytree must know the dataclasses that it returns."""
     model.eval()
     # Two examples tell as much as a large batch, which could take longer than all the rest.
     two = [v if axis is None else v.narrow(axis, 0, 2) for v, axis in zip(flat, batch_axes, strict=True)]

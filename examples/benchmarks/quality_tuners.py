@@ -1,0 +1,112 @@
+"""How the tuning methods of `quality.py` train: Delta-STN as stn_fx has it, cheaper and other settings of it, STN."""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from quality_tasks import Task
+from quality_training import Cost, Way, sgd
+from torch.optim import RMSprop
+
+import stn_fx
+from stn_fx.bilevel import STN, DeltaSTN, EveryKth, Linearized, OnFraction
+from stn_fx.bilevel.response_step import ResponseStep
+
+if TYPE_CHECKING:
+    from stn_fx.transform import SelfTuningModule
+
+Costs = dict[str, Cost]
+
+TRAIN_STEPS, WARM_UP, OUTER_RATE = 2, 0.2, 0.025
+"""T_train, the share of the epochs without outer steps, and the rate of RMSprop for hyperparameters (scales: its
+default), for all that tune.  Chosen on the published start of `fashion`, one seed each."""
+EVERY = 4
+"""In every so many inner steps the response learns."""
+RANK = 32
+"""Of the method `low_rank`."""
+
+
+def measured() -> dict[str, Callable[[Task, "SelfTuningModule"], STN | DeltaSTN]]:
+    """What `quality.py costs` measures; the costs of all others follow from these."""
+
+    def optimizers(task: Task) -> dict[str, Any]:
+        return {"base_optimizer": sgd(task), "response_optimizer": sgd(task)}
+
+    return {
+        "stn": lambda task, wrapped: STN(wrapped, **optimizers(task)),
+        # One linearized pass in each inner step, as the papers have it.
+        "delta_stn": lambda task, wrapped: DeltaSTN(
+            wrapped, response_step=Linearized(antithetic=False), **optimizers(task)
+        ),
+        "low_rank": lambda task, wrapped: DeltaSTN(
+            wrapped, response_step=Linearized(antithetic=False), **optimizers(task)
+        ),
+    }
+
+
+RESPONSES = {"low_rank": stn_fx.LowRank(RANK)}
+"""Forms of the response that differ from the default, by what is measured."""
+
+
+def _delta_stn(
+    task: Task,
+    costs: Costs,
+    kind: str = "delta_stn",
+    step: ResponseStep | None = None,
+    passes: float = 2 / EVERY,
+    train_steps: int = TRAIN_STEPS,
+    scale: float | None = None,
+) -> Way:
+    """Delta-STN.
+
+    Args:
+        task: what is trained.
+        costs: what was measured.
+        kind: of the response; a key of `costs`.
+        step: how it learns; antithetic perturbations in every `EVERY`-th inner step where None.
+        passes: linearized passes over a whole batch, for each inner step.
+        train_steps: T_train.
+        scale: of the perturbation, at which it stays; tuned where None.
+    """
+    cost = replace(costs[kind], inner=1 + passes * (costs[kind].inner - 1))
+
+    def build(wrapped: "SelfTuningModule") -> DeltaSTN:
+        if scale is not None:
+            with torch.no_grad():
+                wrapped.hparams.raw_scale.fill_(math.log(math.expm1(scale)))
+        own_step = copy.deepcopy(step or EveryKth(Linearized(), EVERY))
+        return DeltaSTN(wrapped, response_step=own_step, tune_scales=scale is None, **_optimizers(task))
+
+    return Way(build, cost, train_steps, WARM_UP, response=RESPONSES.get(kind))
+
+
+def _stn(task: Task, costs: Costs) -> Way:
+    """STN (MacKay et al. 2019)."""
+    return Way(lambda wrapped: STN(wrapped, **_optimizers(task)), costs["stn"], TRAIN_STEPS, WARM_UP)
+
+
+def _optimizers(task: Task) -> dict[str, Any]:
+    outer = partial(RMSprop, lr=OUTER_RATE)
+    return {"base_optimizer": sgd(task), "response_optimizer": sgd(task), "hyper_optimizer": outer}
+
+
+TUNERS: dict[str, Callable[[Task, Costs], Way]] = {
+    "delta_stn": _delta_stn,
+    "stn": _stn,
+    "papers": partial(_delta_stn, step=Linearized(antithetic=False), passes=1),
+}
+"""All starts for the first, the published one for the others."""
+
+VARIANTS: dict[str, Callable[[Task, Costs], Way]] = {
+    "every_second": partial(_delta_stn, step=EveryKth(Linearized(), 2), passes=1),
+    "every_eighth": partial(_delta_stn, step=EveryKth(Linearized(), 8), passes=0.25),
+    "half_batch": partial(_delta_stn, step=EveryKth(OnFraction(Linearized(), 0.5), EVERY), passes=1 / EVERY),
+    "low_rank": partial(_delta_stn, kind="low_rank"),
+    **{f"train_steps_{steps}": partial(_delta_stn, train_steps=steps) for steps in (1, 5, 10)},
+    **{f"scale_{scale}": partial(_delta_stn, scale=scale) for scale in (0.1, 0.5, 1.0)},
+}
+"""What the response costs and what that is worth; the papers' experiments on sensitivity.  One seed each."""
