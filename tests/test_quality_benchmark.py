@@ -15,9 +15,11 @@ optuna = pytest.importorskip("optuna", reason="the searches of the benchmark nee
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
 
 import quality_methods  # noqa: E402
+from quality_costs import measure_costs  # noqa: E402
 from quality_report import read_chains, summarize, write_report  # noqa: E402
 from quality_tasks import FASHION  # noqa: E402
 from quality_training import Cost, Way  # noqa: E402
+from quality_tuners import TUNERS, VARIANTS  # noqa: E402
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -115,3 +117,11 @@ def test_results_of_another_search_are_refused(data):
     path.write_text(path.read_text().replace('"dropout": 0.', '"dropout": 0.0', 1))
     with pytest.raises(SystemExit, match="another search"):
         perform(job, data)
+
+
+def test_costs_are_measured_for_everything_that_is_computed_from_them(data):
+    costs = measure_costs(quality_methods.TASKS["tiny"], data, Console(quiet=True))
+    assert all(cost.inner > 1 and cost.outer > 0 for cost in costs.values())
+    for tuner in (TUNERS | VARIANTS).values():
+        assert tuner(FASHION, costs).cost.inner >= 1
+    assert TUNERS["papers"](FASHION, costs).cost == costs["delta_stn"]

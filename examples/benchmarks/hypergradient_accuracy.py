@@ -7,7 +7,7 @@ A SimpleCNN trains with tuning.  At some epochs it stops for a look: the hypergr
 set, and for every hyperparameter several pairs of ordinary runs go on from the same weights, the one at a raw value
 above the current one, the other below.  The two of a pair meet the same batches and draw the same masks.  Their
 difference in validation loss is what the hypergradient predicts; the cosine says how well the directions agree.  The
-differences are noise too: the cosine between the means of two halves of the pairs says how well they agree among
+differences are noisy too: the cosine between the means of two halves of the pairs says how well they agree among
 themselves, and no method can agree with them much better than that.
 """
 
@@ -15,6 +15,7 @@ import argparse
 import copy
 import csv
 import statistics
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,9 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from response_noise import hypergradient
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from simple_cnn import SimpleCNN
 from torch import Tensor
 from torch.optim import SGD, RMSprop
@@ -35,7 +34,9 @@ from stn_fx.data import ImageBatches, Splits, load_images, split_images
 from stn_fx.data.batches import Normalisation
 
 HPARAMS = "dropout,gaussian_noise,weight_decay"
-BATCH_SIZE = 64
+BATCH_SIZE, EVALUATION = 64, 500
+VALID_FRACTION = 0.4
+HYPER_RATE = 0.02
 
 
 @dataclass(frozen=True)
@@ -99,99 +100,136 @@ def validation_loss(stn: stn_fx.SelfTuningModule, setting: Setting) -> float:
     """Of the plain model in evaluation mode."""
     stn.model.eval()
     with torch.no_grad():
-        parts = [(F.cross_entropy(stn.model(x), y).item(), len(y)) for x, y in setting.batches("valid", 500)]
+        parts = [(F.cross_entropy(stn.model(x), y).item(), len(y)) for x, y in setting.batches("valid", EVALUATION)]
     stn.model.train()
     return sum(loss * count for loss, count in parts) / sum(count for _, count in parts)
 
 
-def cosine(first: Tensor, second: Tensor) -> float:
-    """Between two gradients."""
-    return F.cosine_similarity(first, second, dim=0).item()
+@dataclass(frozen=True)
+class Look:
+    """What was found at one epoch.
+
+    Attributes:
+        epoch: of the run that tunes.
+        values: of the hyperparameters there.
+        predicted_H: hypergradient of the response, by raw hyperparameters.
+        found_SH: differences between retrained runs, one row for each seed.
+    """
+
+    epoch: int
+    values: dict[str, float]
+    predicted_H: Tensor
+    found_SH: Tensor
+
+    @property
+    def cosine(self) -> float:
+        """Between the hypergradient and the mean of the differences."""
+        return F.cosine_similarity(self.predicted_H, self.found_SH.mean(0), dim=0).item()
+
+    @property
+    def between_halves(self) -> float:
+        """Cosine between the means of two halves of the differences."""
+        return F.cosine_similarity(self.found_SH[::2].mean(0), self.found_SH[1::2].mean(0), dim=0).item()
+
+    def rows(self) -> list[dict[str, float | str]]:
+        """One for each hyperparameter."""
+        errors_H = self.found_SH.std(0) / len(self.found_SH) ** 0.5
+        columns = (self.predicted_H.tolist(), self.found_SH.mean(0).tolist(), errors_H.tolist())
+        return [
+            {
+                "epoch": self.epoch,
+                "hyperparameter": name,
+                "value": value,
+                "predicted": predicted,
+                "retrained": retrained,
+                "standard_error": error,
+            }
+            for (name, value), predicted, retrained, error in zip(self.values.items(), *columns, strict=True)
+        ]
+
+
+def look(
+    steps: DeltaSTN,
+    setting: Setting,
+    retraining: Retraining,
+    epoch: int,
+    seeds: int,
+    step: float,
+    tick: Callable[[], None],
+) -> Look:
+    """Hypergradient and pairs of retrained runs at the present state of `steps`; `tick` is called after every pair."""
+    stn = steps.stn
+    raw_H, found_SH = stn.hparams.raw.detach().clone(), torch.zeros(seeds, len(stn.hparams))
+    for seed in range(seeds):
+        for index in range(len(raw_H)):
+            step_H = torch.zeros_like(raw_H)
+            step_H[index] = step
+            above, below = (retraining.loss(steps, raw_H + sign * step_H, seed) for sign in (1, -1))
+            found_SH[seed, index] = (above - below) / (2 * step)
+            tick()
+    predicted_H = hypergradient(stn, setting.batches("valid", EVALUATION))
+    return Look(epoch, stn.hparams.values(), predicted_H, found_SH)
+
+
+def train_one_epoch(steps: DeltaSTN, training: ImageBatches, held: Iterator, train_steps: int, done: int) -> int:
+    """With an outer step after every `train_steps` inner ones, of which `done` are done; how many are done then."""
+    for batch in training:
+        steps.inner_step(batch)
+        done += 1
+        if done % train_steps == 0:
+            steps.outer_step(next(held))
+    return done
+
+
+def without_end(batches: ImageBatches) -> Iterator:
+    """The batches again and again, each time in another order."""
+    while True:
+        yield from batches
 
 
 def main() -> None:
     """Train, look, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits", help="as for stn-fx tune --data")
-    parser.add_argument("--examples", type=int, default=None, help="of the training data, validation included")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--looks", type=int, default=6, help="looks, evenly over the epochs")
     parser.add_argument("--retrain", type=int, default=15, help="epochs of each run of a pair")
     parser.add_argument("--seeds", type=int, default=16, help="pairs for each hyperparameter")
     parser.add_argument("--step", type=float, default=0.7, help="of the raw hyperparameters")
     parser.add_argument("--rate", type=float, default=0.03, help="learning rate of the weights")
-    parser.add_argument("--steps", type=int, default=5, help="inner steps for each outer step")
+    parser.add_argument("--train-steps", type=int, default=5, help="inner steps for each outer step")
     parser.add_argument("--out", type=Path, help="CSV file")
     options = parser.parse_args()
     torch.set_num_threads(1)
     source = load_images(options.data)
-    splits = split_images(source.train, source.test, source.classes, 0.4, options.examples, seed=0)
-    setting = Setting(splits, options.rate)
-    steps = DeltaSTN(
-        setting.wrapped(1),
-        base_optimizer=setting.optimizer(),
-        response_optimizer=setting.optimizer(),
-        hyper_optimizer=partial(RMSprop, lr=0.02),
-    )
-    stn, retraining = steps.stn, Retraining(setting, options.retrain)
-    training, validation = setting.batches("train", BATCH_SIZE, 0), setting.batches("valid", BATCH_SIZE, 0)
-    looks = [options.epochs * (look + 1) // options.looks for look in range(options.looks)]
-    rows: list[dict[str, float | str]] = []
-    cosines: list[tuple[int, float, float]] = []
+    setting = Setting(split_images(source.train, source.test, source.classes, VALID_FRACTION), options.rate)
+    sgd = setting.optimizer()
+    hyper = partial(RMSprop, lr=HYPER_RATE)
+    steps = DeltaSTN(setting.wrapped(1), base_optimizer=sgd, response_optimizer=sgd, hyper_optimizer=hyper)
+    retraining = Retraining(setting, options.retrain)
+    training, held = setting.batches("train", BATCH_SIZE, 0), without_end(setting.batches("valid", BATCH_SIZE, 0))
+    epochs = [options.epochs * (number + 1) // options.looks for number in range(options.looks)]
+    looks: list[Look] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns) as progress:
-        line = progress.add_task("runs", total=len(looks) * len(stn.hparams) * options.seeds * 2)
-        held, count = iter(validation), 0
+        pairs = len(steps.stn.hparams) * options.seeds
+        line, done = progress.add_task("pairs of runs", total=len(epochs) * pairs), 0
         for epoch in range(1, options.epochs + 1):
-            for batch in training:
-                steps.inner_step(batch)
-                count += 1
-                if count % options.steps == 0:
-                    if (content := next(held, None)) is None:
-                        held = iter(validation)
-                        content = next(held)
-                    steps.outer_step(content)
-            if epoch not in looks:
-                continue
-            predicted_H = hypergradient(stn, setting.batches("valid", 500))
-            raw_H, found = stn.hparams.raw.detach().clone(), torch.zeros(options.seeds, len(stn.hparams))
-            for seed in range(options.seeds):
-                for index in range(len(stn.hparams)):
-                    step_H = torch.zeros_like(raw_H)
-                    step_H[index] = options.step
-                    above, below = (retraining.loss(steps, raw_H + sign * step_H, seed) for sign in (1, -1))
-                    found[seed, index] = (above - below) / (2 * options.step)
-                    progress.advance(line, 2)
-            halves = cosine(found[::2].mean(0), found[1::2].mean(0))
-            cosines.append((epoch, cosine(predicted_H, found.mean(0)), halves))
-            errors_H = found.std(0) / options.seeds**0.5
-            values = stn.hparams.values()
-            for index, name in enumerate(stn.hparams.names):
-                rows.append(
-                    {
-                        "epoch": epoch,
-                        "hyperparameter": name,
-                        "value": values[name],
-                        "predicted": predicted_H[index].item(),
-                        "retrained": found[:, index].mean().item(),
-                        "standard_error": errors_H[index].item(),
-                    }
+            done = train_one_epoch(steps, training, held, options.train_steps, done)
+            if epoch in epochs:
+                tick = partial(progress.advance, line)
+                looks.append(look(steps, setting, retraining, epoch, options.seeds, options.step, tick))
+                progress.console.print(
+                    f"epoch {epoch}: cosine {looks[-1].cosine:.2f}, between halves {looks[-1].between_halves:.2f}"
                 )
-            progress.console.print(f"epoch {epoch}: cosine {cosines[-1][1]:.2f}, between halves {halves:.2f}")
     if options.out:
+        rows = [row for each in looks for row in each.rows()]
         with options.out.open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
-    table = Table(title="hypergradients and differences between retrained runs", title_justify="left")
-    for column in ("epoch", "cosine", "between halves of the pairs"):
-        table.add_column(column, justify="right")
-    for epoch, found_cosine, halves in cosines:
-        table.add_row(str(epoch), f"{found_cosine:.2f}", f"{halves:.2f}")
-    console = Console()
-    console.print(table)
-    medians = (statistics.median(each[column] for each in cosines) for column in (1, 2))
-    console.print("medians: cosine {:.2f}, between halves {:.2f}".format(*medians))
+    for name in ("cosine", "between_halves"):
+        print(f"median {name.replace('_', ' ')}: {statistics.median(getattr(each, name) for each in looks):.2f}")
 
 
 if __name__ == "__main__":
