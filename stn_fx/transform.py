@@ -124,9 +124,11 @@ class SelfTuningModule(nn.Module):
 
     def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CompiledModel:
         rules = load_builtin_rules() if self._rules is None else self._rules
-        compiled = compile_model(
-            self.model, args, kwargs, self._selections, self._structure, self._batch_axis, rules, self._image_format
-        )
+        # Models that draw random numbers themselves do so while they are captured; the user's generators stay.
+        with torch.random.fork_rng():
+            compiled = compile_model(
+                self.model, args, kwargs, self._selections, self._structure, self._batch_axis, rules, self._image_format
+            )
         if self._example is not None:
             self._check_same_parameters(compiled)
         else:

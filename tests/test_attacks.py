@@ -1,6 +1,8 @@
 """What once went wrong without a word: each is now right, or refused with the place and the remedy."""
 
+from enum import Enum
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -195,3 +197,63 @@ def test_inputs_may_have_any_name(tmp_path: Path) -> None:
     assert stn_fx.check(stn, inputs).passed
     written = emit(stn.compiled, stn, tmp_path / "oddly_named.py")
     assert prove(written.module, stn.compiled, stn).passed
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.rates.__setitem__(0, 0.0),
+        lambda m: m.options.__setitem__("scale", 3.0),
+        lambda m: setattr(m, "pair", (2.0, None)),
+        lambda m: setattr(m.config, "shift", 5.0),
+        lambda m: setattr(m, "act", torch.relu),
+        lambda m: setattr(m, "kind", Kind.NEGATIVE),
+    ],
+    ids=["list", "dictionary", "tuple", "namespace", "function", "enumeration"],
+)
+def test_settings_of_any_kind_are_not_baked_in(change) -> None:
+    class Configured(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+            self.rates, self.options, self.pair = [0.5], {"scale": 1.0}, (1.0, None)
+            self.config = SimpleNamespace(shift=0.0, names=["a"], torch=torch)
+            self.act, self.kind = torch.tanh, Kind.POSITIVE
+
+        def forward(self, x: Tensor) -> Tensor:
+            sign = 1 if self.kind is Kind.POSITIVE else -1
+            x = self.act(self.linear(x)) * sign * self.pair[0] * self.options["scale"] + self.config.shift
+            return x * (1 - self.rates[0])
+
+    model, x = Configured(), torch.randn(4, 3)
+    stn = stn_fx.transform(model, "weight_decay", (x,)).train()
+    torch.testing.assert_close(stn(x), model(x))
+    change(model)
+    torch.testing.assert_close(stn(x), model(x))
+
+
+class Kind(Enum):
+    POSITIVE = 1
+    NEGATIVE = 2
+
+
+def test_an_empty_batch_is_refused() -> None:
+    x, y = torch.randn(4, 3), torch.zeros(4, dtype=torch.int64)
+    steps = stn_fx.DeltaSTN(stn_fx.transform(nn.Linear(3, 2), "weight_decay", (x,)))
+    for step in (steps.inner_step, steps.outer_step):
+        with pytest.raises(InputError, match="no examples"):
+            step((x[:0], y[:0]))
+
+
+def test_models_that_draw_for_themselves_leave_the_generator_alone() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x + torch.randn_like(x)) if self.training else self.linear(x)
+
+    model, before = Noisy(), torch.get_rng_state()
+    stn_fx.transform(model, "weight_decay", (torch.ones(4, 3),))
+    assert torch.equal(torch.get_rng_state(), before)

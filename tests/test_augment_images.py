@@ -313,6 +313,10 @@ def test_mistakes():
 
 def test_without_waiting_for_the_device():
     """Tensors without values refuse to tell them, as a GPU does without waiting."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        everything(torch.rand(4, 3, 8, 8), 0.3, Draws())
     with torch.device("meta"):
         everything(torch.rand(4, 3, 8, 8), 0.3, Draws())
 
@@ -343,3 +347,13 @@ def test_cuda_without_synchronising():
     assert_same(results[0].cpu(), warp(x.cpu(), maps.cpu()))
     torch.testing.assert_close(results[1].cpu(), colour(x.cpu(), IMAGENET, **cpu), rtol=0, atol=5e-5)
     torch.testing.assert_close(results[2].cpu(), gaussian_blur(x.cpu(), strength.cpu(), 3), rtol=0, atol=1e-3)
+
+
+def test_colours_of_images_that_require_a_gradient():
+    x = torch.rand(2, 3, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 0.8 + 0.1
+    factor = torch.tensor([1.1, 1.0], dtype=torch.float64)
+
+    def changed(x):
+        return colour(x, PLAIN, brightness=factor, contrast=factor, saturation=factor, hue=factor - 1)
+
+    assert torch.autograd.gradcheck(changed, (x.requires_grad_(),))

@@ -175,3 +175,23 @@ def test_entries_of_a_module_that_are_not_asked_for_act_at_its_own_values():
     ]
     stn.hparams.raw.data.fill_(-50.0)
     assert not torch.allclose(stn(IMAGES)[1], IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("module", "hparams"),
+    [
+        (v2.ColorJitter(0.4, 0.4), "brightness,contrast"),
+        (v2.ColorJitter(hue=0.1), "hue"),
+        (v2.GaussianBlur(3), "gaussian_blur"),
+        (v2.RandomRotation(15, **BILINEAR), "rotation"),
+    ],
+)
+def test_images_of_whole_numbers_are_refused(module, hparams):
+    class Bytes(Net):
+        def forward(self, x):
+            x = self.augment(x) if self.training else x
+            return self.head((self.conv(x.to(self.conv.weight.dtype) / 255)).relu().flatten(2).mean(2))
+
+    x = (X * 255).to(torch.uint8)
+    with pytest.raises(CaptureError, match=r"augment.0 acts on images of whole numbers.*ToDtype"):
+        stn_fx.transform(Bytes(module).double(), hparams, (x,))

@@ -156,5 +156,5 @@ def _shift_hue(pixels: Tensor, shift: Tensor) -> Tensor:
         position = hue + offset
         position.sub_((position / 6).floor_(), alpha=6)
         weight = position.sub_(2).abs_().neg_().add_(2).clamp_(0, 1)
-        torch.sub(value, weight.mul_(chroma), out=shifted[:, channel])
+        shifted[:, channel] = value - weight.mul_(chroma)
     return shifted

@@ -76,8 +76,10 @@ def where_active(active_B: Tensor, change: Callable[[Tensor], Tensor], x: Tensor
 
     It is written into `out` where that is given.
     """
-    # Only on CPU is it free to ask: a GPU would be waited for, and a compiler would break its graph.
-    if x.device.type == "cpu" and not torch.compiler.is_compiling() and active_B.all():
+    # Only here is it free to ask: a GPU would be waited for, a compiler would break its graph, and fake tensors (by
+    # which costs are predicted) cannot tell.
+    known = type(active_B) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if known and active_B.all():
         changed = change(working(x)).to(x.dtype)
         return changed if out is None else out.copy_(changed)
     # lerp is exact at weights 0 and 1, and four times as fast on CPU as torch.where.

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stn_fx.errors import InputError
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -44,14 +46,18 @@ class Replicas:
         self.count = dist.get_world_size() if together else 1
 
     def rows(self, size: int, device: torch.device) -> Rows:
-        """Where this process's examples lie in the whole batch, in the order of the ranks."""
+        """Where this process's examples lie in the whole batch, in the order of the ranks.
+
+        Raises:
+            InputError: the whole batch is empty, so its loss has no mean.
+        """
         if self.count == 1:
-            return Rows(0, size, size)
+            return _filled(Rows(0, size, size))
         sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(self.count)]
         dist.all_gather(sizes, torch.tensor([size], device=device))
         counts = [int(each) for each in sizes]
         start = sum(counts[: self.rank])
-        return Rows(start, start + size, sum(counts), self.count)
+        return _filled(Rows(start, start + size, sum(counts), self.count))
 
     def sums(self, values: Sequence[float], device: torch.device) -> list[float]:
         """Each number added up over all processes."""
@@ -97,3 +103,9 @@ class Replicas:
         everyone: list[set[int]] = [set() for _ in range(self.count)]
         dist.all_gather_object(everyone, mine)
         return set.intersection(*everyone)
+
+
+def _filled(rows: Rows) -> Rows:
+    if rows.total == 0:
+        raise InputError("The batch has no examples, so there is no loss to learn from. Let the loader leave it out.")
+    return rows

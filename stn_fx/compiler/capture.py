@@ -462,9 +462,7 @@ def _markers(model: nn.Module, leaves: dict[str, OpaqueLeaf], augmentations: Map
             del leaf.module.__dict__["_call_impl"]
 
 
-def _try_out(
-    model: nn.Module, flat: list[Any], spec: pytree.TreeSpec, batch_axes: list[int | None]
-) -> None:
+def _try_out(model: nn.Module, flat: list[Any], spec: pytree.TreeSpec, batch_axes: list[int | None]) -> None:
     """Run once: the model must run on the example, and torch's pytree must know the dataclasses that it returns."""
     model.eval()
     # Two examples tell as much as a large batch, which could take longer than all the rest.

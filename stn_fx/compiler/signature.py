@@ -3,13 +3,24 @@
 A new combination is captured anew; the captured ones are kept, so that going back and forth costs nothing.
 """
 
+import inspect
 from collections.abc import Container
+from enum import Enum
+from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 Signature = tuple[Any, ...]
+
+_PLAIN = (int, float, complex, str, bytes, Enum, torch.dtype, torch.device)
+_TORCHS_OWN = frozenset(vars(nn.Module()))
+_DEPTH = 3
+"""Of lists in configurations in attributes; what lies deeper is not compared."""
+_LONG = 1000
+"""Containers with more in them are data, not settings, and would take long to compare in every pass."""
 
 
 def input_signature(args: tuple[Any, ...], kwargs: dict[str, Any], batch_axes: list[int | None]) -> Signature:
@@ -30,11 +41,13 @@ def _leaf(value: Any, batch_axis: int | None) -> Any:
 def module_signature(model: nn.Module, live: Container[int] = ()) -> Signature:
     """What a graph has baked in of the model: dtype and device of its parameters, its layers, hooks and plain settings.
 
-    Settings are numbers and texts that a forward may read (a rate, a temperature, a counter); not what is frozen, which
-    differs under ``functional_call``. Modules that run as themselves, ``live`` by their ids, have nothing baked in.
+    Settings are what a forward may read beside tensors (a rate, a temperature, a counter, a function, lists and
+    configurations of them); not what is frozen, which differs under ``functional_call``. Modules that run as
+    themselves, ``live`` by their ids, have nothing baked in.
     """
     parameters = tuple((p.device, p.dtype) for p in model.parameters())
-    return parameters, tuple(_module(module) for module in model.modules() if id(module) not in live)
+    seen: dict[int, Any] = {}
+    return parameters, tuple(_module(module, seen) for module in model.modules() if id(module) not in live)
 
 
 def changed_settings(model: nn.Module, before: Signature, after: Signature, live: Container[int] = ()) -> list[str]:
@@ -46,13 +59,41 @@ def changed_settings(model: nn.Module, before: Signature, after: Signature, live
     return list(dict.fromkeys(places))
 
 
-def _module(module: nn.Module) -> Signature:
+def _module(module: nn.Module, seen: dict[int, Any]) -> Signature:
     settings = tuple(
-        (name, value)
+        (name, setting)
         for name, value in vars(module).items()
-        if isinstance(value, (int, float, str)) and name not in ("training", "_is_full_backward_hook")
+        if name not in _TORCHS_OWN and (setting := _setting(value, _DEPTH, seen)) is not None
     )
     return type(module), tuple(module._forward_hooks), tuple(module._forward_pre_hooks), settings
+
+
+def _setting(value: Any, depth: int, seen: dict[int, Any]) -> Any:
+    """Something to compare by that changes with the value; None for what a graph does not hold, or nothing at all."""
+    if isinstance(value, _PLAIN) or inspect.isroutine(value):
+        return value
+    if value is None or depth == 0 or isinstance(value, (Tensor, nn.Module, type, ModuleType)):
+        return None
+    if id(value) not in seen:
+        seen[id(value)] = None  # where it contains itself
+        seen[id(value)] = _contents(value, depth - 1, seen)
+    return seen[id(value)]
+
+
+def _contents(value: Any, depth: int, seen: dict[int, Any]) -> Any:
+    """Of a container if all in it is plain; of an object (a namespace, a configuration) what in it is plain."""
+    if isinstance(value, (tuple, list, set, frozenset)):
+        if len(value) > _LONG:
+            return None
+        items = tuple(each if each is None else (_setting(each, depth, seen),) for each in value)
+        return None if (None,) in items else (type(value), items)
+    fields = value if isinstance(value, dict) else getattr(value, "__dict__", None)
+    if not isinstance(fields, dict) or len(fields) > _LONG:
+        return None
+    pairs = [(name, each if each is None else (_setting(each, depth, seen),)) for name, each in fields.items()]
+    if isinstance(value, dict) and any(setting == (None,) for _, setting in pairs):
+        return None
+    return type(value), tuple((name, setting) for name, setting in pairs if setting != (None,))
 
 
 def training_flags(model: nn.Module) -> Signature:

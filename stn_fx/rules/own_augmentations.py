@@ -90,6 +90,12 @@ class OwnAugmentationRule(InputRule):
                 f"{node.args[1]} acts on a value of {emit.rank(node)} axes, and {entry} is tuned on images "
                 f"(B, C, H, W) only. Leave {entry} out of hparams, or choose other places with a pattern."
             )
+        if not emit.floating(chain[0].args[0]) and entry != "horizontal_flip":
+            raise CaptureError(
+                f"{node.args[1]} acts on images of whole numbers, and {entry} is tuned on floating ones only, whose "
+                f"range is known. Put torchvision.transforms.v2.ToDtype(torch.float32, scale=True) before it, or leave "
+                f"{entry} out of hparams for it with a pattern."
+            )
         settings = node.args[4]
         if entry == "gaussian_blur":
             least, radius = settings[0], int(settings[1])
