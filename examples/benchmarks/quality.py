@@ -55,7 +55,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
-                process.terminate()
+                process.kill()  # the trainer takes SIGTERM as the end of one run only
             raise SystemExit("Interrupted. The same command goes on behind the runs that are done.") from None
 
 
