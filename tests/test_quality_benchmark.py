@@ -110,6 +110,14 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been(data, method):
     assert again == whole
 
 
+def test_an_unfinished_search_has_no_row_of_a_budget_that_it_has_not_spent(data):
+    job = quality_methods.Job("tiny", "tpe", "", 0)
+    perform(job, data)
+    for path in sorted((data / "out" / job.folder).glob("*.json"))[4:]:
+        path.unlink()
+    assert [row["plain_runs"] for row in summarize(read_chains(data / "out", ["tiny"]))] == [1, 3]
+
+
 def test_results_of_another_search_are_refused(data):
     job = quality_methods.Job("tiny", "tpe", "", 0)
     perform(job, data)

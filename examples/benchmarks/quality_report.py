@@ -27,6 +27,8 @@ BUDGETS = (1, START_UP_TRIALS, TRIALS)
 ORDERS = 1000
 """Random orders of the pool that random search is resampled with."""
 POINTS = 60
+TOLERANCE = 1e-6
+"""In plain runs, for sums of epochs."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Chain:
         spent, found = 0.0, []
         for run in self.runs:
             spent += run["curve"][-1][0]
-            if spent <= budget + 1e-9:
+            if spent <= budget + TOLERANCE:
                 found.append(run)
         return min(found, key=lambda run: run["valid_loss"], default=None)
 
@@ -108,7 +110,8 @@ def summarize(chains: list[Chain]) -> list[dict[str, Any]]:
     for (task, method, start), members in groups.items():
         for budget in BUDGETS if method in SEARCHES else (TUNING_BUDGET,):
             chosen = [run for chain in members if (run := chain.chosen(budget)) is not None]
-            if len(chosen) < len(members):
+            unfinished = method in SEARCHES and min(chain.compute for chain in members) < budget - TOLERANCE
+            if len(chosen) < len(members) or unfinished:
                 continue
             row: dict[str, Any] = {"task": task, "method": method, "start": start, "plain_runs": budget}
             row["seeds"] = len(members) if method != "random" else f"{ORDERS} orders"
@@ -174,7 +177,7 @@ def _mean_curve(chains: list[Chain]) -> tuple[list[float], list[float], list[flo
 
 
 def _reached(curve: list[tuple[float, float]], compute: float) -> float:
-    return [loss for x, loss in curve if x <= compute + 1e-9][-1]
+    return [loss for x, loss in curve if x <= compute + TOLERANCE][-1]
 
 
 def _draw_curves(path: Path, chains: list[Chain]) -> None:
