@@ -200,3 +200,20 @@ def test_random_numbers_of_the_models_own_are_no_false_alarm() -> None:
     before = torch.get_rng_state()
     assert stn_fx.check(stn, x).passed
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_model_that_writes_into_its_input_is_judged_on_what_it_was_given():
+    class Writing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x):
+            x.add_(1)
+            return self.linear(x)
+
+    x = torch.randn(4, 3)
+    given = x.clone()
+    result = stn_fx.check(stn_fx.transform(Writing(), "weight_decay", (x.clone(),)), x)
+    assert result.passed, str(result)
+    assert torch.equal(x, given)

@@ -81,7 +81,7 @@ def _arguments(entry: Entry, node: Node, image_format: ImageFormat | None) -> tu
 def _require_format(names: list[str], image_format: ImageFormat | None) -> None:
     if names and image_format is None:
         raise InputError(
-            f"{', '.join(names)} act on what pixels mean, and the numbers of an image input may be anything. Say it "
-            f"with image_format=stn_fx.ImageFormat(mean, std), the normalisation of your data; ImageFormat() is for "
-            f"images in [0, 1]."
+            f"{', '.join(names)} {'acts' if len(names) == 1 else 'act'} on what pixels mean, and the numbers of an "
+            f"image input may be anything. Say it with image_format=stn_fx.ImageFormat(mean, std), the normalisation "
+            f"of your data, or --image-format on the command line; ImageFormat() is for images in [0, 1]."
         )

@@ -23,7 +23,7 @@ from stn_fx.compiler.stand_ins import AllLayersRun
 from stn_fx.rules.drop_path import marked_forward
 from stn_fx.rules.slots import slots
 from stn_fx.rules.tangent import load_forward_mode
-from stn_fx.verify.subject import Inputs, same_draws
+from stn_fx.verify.subject import Inputs, same_draws, unshared
 
 if TYPE_CHECKING:
     from stn_fx.transform import SelfTuningModule
@@ -71,7 +71,7 @@ class Judge:
             return [(a - b) / (2 * step) for a, b in zip(*ends, strict=True)], True
 
     def _run(self, inputs: Inputs, changes: Changes) -> list[Tensor]:
-        args, kwargs = inputs
+        args, kwargs = unshared(inputs)
         same_draws()
         if self.effective & changes.keys():
             return floating(self._run_graph(inputs, changes))
@@ -84,7 +84,7 @@ class Judge:
     def _run_graph(self, inputs: Inputs, changes: Changes) -> Any:
         state = {name: t.detach() for name, t in state_tensors(self.model, self.captured).items()}
         state.update({name: state[name] + change for name, change in changes.items() if name not in self.effective})
-        values = dict(zip(self.graph.inputs, pytree.tree_leaves(inputs), strict=True))
+        values = dict(zip(self.graph.inputs, pytree.tree_leaves(unshared(inputs)), strict=True))
         env: dict[Any, Any] = {}
         for node in self.graph.graph.nodes:
             if node.op == "output":

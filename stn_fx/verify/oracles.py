@@ -19,7 +19,7 @@ from stn_fx.rules.as_found import buffers_as_found
 from stn_fx.verify.held import Held
 from stn_fx.verify.judge import Changes, Judge, floating
 from stn_fx.verify.own_rates import own_rates_off
-from stn_fx.verify.subject import Inputs, rows_of, same_draws
+from stn_fx.verify.subject import Inputs, rows_of, same_draws, unshared
 
 if TYPE_CHECKING:
     from stn_fx.transform import SelfTuningModule
@@ -51,7 +51,7 @@ class Trial:
 
     def call(self, function: Callable[..., Any], **options: Any) -> Any:
         """``function`` on the trial's inputs."""
-        args, kwargs = self.inputs
+        args, kwargs = unshared(self.inputs)
         same_draws()
         return function(*args, **kwargs, **options)
 

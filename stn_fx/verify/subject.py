@@ -97,3 +97,8 @@ def rows_of(tree: Any, axes: list[int | None], rows: list[int]) -> Any:
         for value, axis in zip(flat, axes, strict=True)
     ]
     return pytree.tree_unflatten(picked, spec)
+
+
+def unshared(inputs: Inputs) -> Inputs:
+    """Copies of all tensors: a forward may write into its inputs, which are needed again."""
+    return pytree.tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, inputs)
