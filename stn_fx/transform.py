@@ -23,6 +23,7 @@ from stn_fx.errors import InputError, StnError
 from stn_fx.hparams import HyperparameterSpace, Selection, parse_hparams
 from stn_fx.hparams.selection import Chosen
 from stn_fx.rules import Registry, load_builtin_rules
+from stn_fx.rules.as_found import left_as_found
 from stn_fx.rules.structure import LowRank, Response, square_norm
 from stn_fx.rules.tangent import differentiable
 
@@ -124,8 +125,8 @@ class SelfTuningModule(nn.Module):
 
     def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CompiledModel:
         rules = load_builtin_rules() if self._rules is None else self._rules
-        # Models that draw random numbers themselves do so while they are captured; the user's generators stay.
-        with torch.random.fork_rng():
+        # Not every step that runs the model sees to it by itself: one that draws random numbers moved the generators.
+        with left_as_found(self.model):
             compiled = compile_model(
                 self.model, args, kwargs, self._selections, self._structure, self._batch_axis, rules, self._image_format
             )

@@ -129,7 +129,8 @@ def test_results_of_another_search_are_refused(data):
 
 def test_costs_are_measured_for_everything_that_is_computed_from_them(data):
     costs = measure_costs(quality_methods.TASKS["tiny"], data, Console(quiet=True))
-    assert all(cost.inner > 1 and cost.outer > 0 for cost in costs.values())
-    for tuner in (TUNERS | VARIANTS).values():
-        assert tuner(FASHION, costs).cost.inner >= 1
-    assert TUNERS["papers"](FASHION, costs).cost == costs["delta_stn"]
+    assert costs.keys() == COSTS.keys()
+    inner = {name: tuner(FASHION, COSTS).cost.inner for name, tuner in (TUNERS | VARIANTS).items()}
+    assert inner["papers"] == inner["every_second"] == COSTS["delta_stn"].inner
+    assert inner["every_second"] - 1 == 2 * (inner["delta_stn"] - 1) == 4 * (inner["every_eighth"] - 1)
+    assert inner["half_batch"] == inner["every_eighth"] < inner["low_rank"] < inner["delta_stn"] < inner["stn"]

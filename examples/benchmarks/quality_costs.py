@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from quality_tasks import Task
 from quality_training import Cost, sgd
-from quality_tuners import RESPONSES, measured
+from quality_tuners import MEASURED, RESPONSES
 from rich.console import Console
 
 from stn_fx.bilevel import FixedHyperparameters
@@ -26,7 +26,7 @@ def measure_costs(task: Task, data: Path, console: Console) -> dict[str, Cost]:
     batch = next(iter(ImageBatches(splits.train, Normalisation.of(splits.train), task.batch_size)))
     plain = FixedHyperparameters(task.wrapped(splits, 0), base_optimizer=sgd(task))
     calls: dict[str, Callable[[], object]] = {"plain": lambda: plain.inner_step(batch)}
-    for name, build in measured().items():
+    for name, build in MEASURED.items():
         algorithm = build(task, task.wrapped(splits, 0, RESPONSES.get(name)))
         calls[f"{name} inner"] = lambda a=algorithm: a.inner_step(batch)
         calls[f"{name} outer"] = lambda a=algorithm: a.outer_step(batch)
@@ -44,6 +44,6 @@ def measure_costs(task: Task, data: Path, console: Console) -> dict[str, Cost]:
         pairs = zip(seconds[name], seconds["plain"], strict=True)
         return round(statistics.median(value / base for value, base in pairs), 3)
 
-    costs = {name: Cost(ratio(f"{name} inner"), ratio(f"{name} outer")) for name in measured()}
+    costs = {name: Cost(ratio(f"{name} inner"), ratio(f"{name} outer")) for name in MEASURED}
     console.print(task.name, costs)
     return costs

@@ -30,23 +30,18 @@ RANK = 32
 """Of the method `low_rank`."""
 
 
-def measured() -> dict[str, Callable[[Task, "SelfTuningModule"], STN | DeltaSTN]]:
-    """What `quality.py costs` measures; the costs of all others follow from these."""
+def _as_the_papers(task: Task, wrapped: "SelfTuningModule") -> DeltaSTN:
+    """One linearized pass in each inner step."""
+    optimizers = {"base_optimizer": sgd(task), "response_optimizer": sgd(task)}
+    return DeltaSTN(wrapped, response_step=Linearized(antithetic=False), **optimizers)
 
-    def optimizers(task: Task) -> dict[str, Any]:
-        return {"base_optimizer": sgd(task), "response_optimizer": sgd(task)}
 
-    return {
-        "stn": lambda task, wrapped: STN(wrapped, **optimizers(task)),
-        # One linearized pass in each inner step, as the papers have it.
-        "delta_stn": lambda task, wrapped: DeltaSTN(
-            wrapped, response_step=Linearized(antithetic=False), **optimizers(task)
-        ),
-        "low_rank": lambda task, wrapped: DeltaSTN(
-            wrapped, response_step=Linearized(antithetic=False), **optimizers(task)
-        ),
-    }
-
+MEASURED: dict[str, Callable[[Task, "SelfTuningModule"], STN | DeltaSTN]] = {
+    "stn": lambda task, wrapped: STN(wrapped, base_optimizer=sgd(task), response_optimizer=sgd(task)),
+    "delta_stn": _as_the_papers,
+    "low_rank": _as_the_papers,
+}
+"""What `quality.py costs` measures; the costs of all others follow from these."""
 
 RESPONSES = {"low_rank": stn_fx.LowRank(RANK)}
 """Forms of the response that differ from the default, by what is measured."""

@@ -50,7 +50,7 @@ def piece_by_piece(change: Callable[..., Tensor], x_BCHW: Tensor, *values_B: Ten
     """`change(x_BCHW, *values_B)`, on CPU for a few images at a time.
 
     What lies between the passes of `change` over the images stays in the cache then, and new memory, which takes as
-    long as a pass itself, is asked for once. Threads get whole images, as torch's sampling of images needs it.
+    long as a pass itself, is asked for once. Each piece has an image or more for every thread.
 
     Args:
         change: from images and the values of each to images of the same shape and dtype; what it is given as `out` it

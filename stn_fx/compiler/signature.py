@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 
 Signature = tuple[Any, ...]
 
-_PLAIN = (int, float, complex, str, bytes, Enum, torch.dtype, torch.device)
+_PLAIN = (int, float, complex, str, bytes, Enum, torch.dtype, torch.device, type(None))
+_NOT_HELD = object()
 _TORCHS_OWN = frozenset(vars(nn.Module()))
 _DEPTH = 3
 """Of lists in configurations in attributes; what lies deeper is not compared."""
@@ -63,19 +64,22 @@ def _module(module: nn.Module, seen: dict[int, Any]) -> Signature:
     settings = tuple(
         (name, setting)
         for name, value in vars(module).items()
-        if name not in _TORCHS_OWN and (setting := _setting(value, _DEPTH, seen)) is not None
+        if name not in _TORCHS_OWN and (setting := _setting(value, _DEPTH, seen)) is not _NOT_HELD
     )
     return type(module), tuple(module._forward_hooks), tuple(module._forward_pre_hooks), settings
 
 
 def _setting(value: Any, depth: int, seen: dict[int, Any]) -> Any:
-    """Something to compare by that changes with the value; None for what a graph does not hold, or nothing at all."""
+    """Something to compare by that changes with the value; `_NOT_HELD` for what is not compared.
+
+    ``seen`` keeps what was found by the ids of containers and objects: layers often share one configuration.
+    """
     if isinstance(value, _PLAIN) or inspect.isroutine(value):
         return value
-    if value is None or depth == 0 or isinstance(value, (Tensor, nn.Module, type, ModuleType)):
-        return None
+    if depth == 0 or isinstance(value, (Tensor, nn.Module, type, ModuleType)):
+        return _NOT_HELD
     if id(value) not in seen:
-        seen[id(value)] = None  # where it contains itself
+        seen[id(value)] = _NOT_HELD  # where it contains itself
         seen[id(value)] = _contents(value, depth - 1, seen)
     return seen[id(value)]
 
@@ -83,17 +87,15 @@ def _setting(value: Any, depth: int, seen: dict[int, Any]) -> Any:
 def _contents(value: Any, depth: int, seen: dict[int, Any]) -> Any:
     """Of a container if all in it is plain; of an object (a namespace, a configuration) what in it is plain."""
     if isinstance(value, (tuple, list, set, frozenset)):
-        if len(value) > _LONG:
-            return None
-        items = tuple(each if each is None else (_setting(each, depth, seen),) for each in value)
-        return None if (None,) in items else (type(value), items)
-    fields = value if isinstance(value, dict) else getattr(value, "__dict__", None)
+        fields: Any = dict(enumerate(value)) if len(value) <= _LONG else None
+    else:
+        fields = value if isinstance(value, dict) else getattr(value, "__dict__", None)
     if not isinstance(fields, dict) or len(fields) > _LONG:
-        return None
-    pairs = [(name, each if each is None else (_setting(each, depth, seen),)) for name, each in fields.items()]
-    if isinstance(value, dict) and any(setting == (None,) for _, setting in pairs):
-        return None
-    return type(value), tuple((name, setting) for name, setting in pairs if setting != (None,))
+        return _NOT_HELD
+    found = {name: _setting(each, depth, seen) for name, each in fields.items()}
+    held = tuple((name, setting) for name, setting in found.items() if setting is not _NOT_HELD)
+    is_container = isinstance(value, (tuple, list, set, frozenset, dict))
+    return _NOT_HELD if is_container and len(held) < len(fields) else (type(value), held)
 
 
 def training_flags(model: nn.Module) -> Signature:

@@ -18,6 +18,9 @@ from stn_fx.rules.image_sites import apply_colour, apply_geometry
 from stn_fx.rules.input_sites import InputRule, apply_gaussian_noise
 from stn_fx.rules.rule import REGISTRY, Emitter
 
+EXACT = ("horizontal_flip", "random_erasing")
+"""Entries that move or blank pixels and compute with none: right for whole numbers too."""
+
 
 @torch.library.custom_op("stn_fx::own_augmentation", mutates_args=())
 def augmentation_marker(x: Tensor, name: str, entry: str, values: Sequence[float], settings: Sequence[float]) -> Tensor:
@@ -90,7 +93,7 @@ class OwnAugmentationRule(InputRule):
                 f"{node.args[1]} acts on a value of {emit.rank(node)} axes, and {entry} is tuned on images "
                 f"(B, C, H, W) only. Leave {entry} out of hparams, or choose other places with a pattern."
             )
-        if not emit.floating(chain[0].args[0]) and entry != "horizontal_flip":
+        if not emit.floating(chain[0].args[0]) and entry not in EXACT:
             raise CaptureError(
                 f"{node.args[1]} acts on images of whole numbers, and {entry} is tuned on floating ones only, whose "
                 f"range is known. Put torchvision.transforms.v2.ToDtype(torch.float32, scale=True) before it, or leave "

@@ -74,7 +74,7 @@ class Judge:
         args, kwargs = unshared(inputs)
         same_draws()
         if self.effective & changes.keys():
-            return floating(self._run_graph(inputs, changes))
+            return floating(self._run_graph((args, kwargs), changes))
         owner = {id(p): name for name, p in self.model.named_parameters()}
         weights = {
             alias: p.detach() + changes[owner[id(p)]] for alias, p in slots(self.model) if owner.get(id(p)) in changes
@@ -84,7 +84,7 @@ class Judge:
     def _run_graph(self, inputs: Inputs, changes: Changes) -> Any:
         state = {name: t.detach() for name, t in state_tensors(self.model, self.captured).items()}
         state.update({name: state[name] + change for name, change in changes.items() if name not in self.effective})
-        values = dict(zip(self.graph.inputs, pytree.tree_leaves(unshared(inputs)), strict=True))
+        values = dict(zip(self.graph.inputs, pytree.tree_leaves(inputs), strict=True))
         env: dict[Any, Any] = {}
         for node in self.graph.graph.nodes:
             if node.op == "output":
