@@ -49,6 +49,13 @@ def test_label_smoothing_acts_per_example(loss):
     torch.testing.assert_close(actual, expected.mean())
 
 
+def test_autocast_does_not_round_the_smoothing_away():
+    smoothing_B = torch.tensor([0.001, 0.002, 0.05, 0.051])
+    with torch.autocast("cpu", torch.bfloat16):
+        targets = soft_targets(OUTPUT.bfloat16(), TARGET, smoothing_B)
+    torch.testing.assert_close(targets, soft_targets(OUTPUT.float(), TARGET, smoothing_B))
+
+
 def test_label_smoothing_leaves_the_validation_loss_alone():
     hyperparameters = {"label_smoothing": torch.full((4,), 0.5)}
     actual = as_objective(F.cross_entropy).validation_loss(OUTPUT, Batch((None, TARGET), ()), hyperparameters)

@@ -298,12 +298,13 @@ def test_the_entropy_term_widens_the_scales():
     assert (stn.hparams.scales() > before).all()
 
 
-def test_bfloat16_autocast_gives_nearly_the_same_gradients():
+@pytest.mark.parametrize("hparams", ["dropout,weight_decay", "dropout,weight_decay,label_smoothing"])
+def test_bfloat16_autocast_gives_nearly_the_same_gradients(hparams):
     def gradients(dtype):
         torch.manual_seed(0)
         layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(144, 3)]
         model, x, y = nn.Sequential(*layers), torch.randn(8, 1, 8, 8), torch.arange(8) % 3
-        stn = stn_fx.transform(model, "dropout,weight_decay", (x,), seed=0)
+        stn = stn_fx.transform(model, hparams, (x,), seed=0)
         # The response learns in the last step too; from the difference of two passes, which doubles what rounding does.
         steps = DeltaSTN(stn, response_step=Linearized(), updates=UpdateOptions(autocast=dtype))
         for _ in range(3):

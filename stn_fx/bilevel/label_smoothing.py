@@ -46,8 +46,11 @@ def soft_targets(output: Tensor, target: Tensor, smoothing_B: Tensor) -> Tensor:
                 f"be ignored, such as -100?). Pass loss=Objective(train=...), or leave label_smoothing out."
             )
         target = F.one_hot(target.long(), classes).movedim(-1, 1)
-    smoothing = smoothing_B.to(output.dtype).reshape(-1, *[1] * (output.ndim - 1))
-    return (1.0 - smoothing) * target.to(output.dtype) + smoothing / classes
+    # Under autocast losses compute in the wide dtype of the hyperparameters: bfloat16 would round the smoothing away.
+    lowered = torch.is_autocast_enabled(output.device.type)
+    dtype = torch.promote_types(output.dtype, smoothing_B.dtype) if lowered else output.dtype
+    smoothing = smoothing_B.to(dtype).reshape(-1, *[1] * (output.ndim - 1))
+    return (1.0 - smoothing) * target.to(dtype) + smoothing / classes
 
 
 def require_soft_targets(loss: Callable[[Tensor, Tensor], Tensor], output: Tensor, target: Tensor) -> None:
@@ -60,7 +63,8 @@ def require_soft_targets(loss: Callable[[Tensor, Tensor], Tensor], output: Tenso
     unsmoothed = soft_targets(output, target, torch.zeros(output.shape[0], device=output.device))
     why = "it gives another value for one-hot targets than for the same class indices"
     try:
-        if torch.allclose(loss(output, unsmoothed), loss(output, target).to(output.dtype), rtol=1e-3, atol=1e-5):
+        soft, hard = loss(output, unsmoothed), loss(output, target)
+        if torch.allclose(soft, hard.to(soft.dtype), rtol=1e-3, atol=1e-5):
             return
     except Exception as error:  # whatever a user's loss raises
         why = f"it raised {type(error).__name__}: {error}"
