@@ -4,8 +4,10 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from stn_fx.augment.image_format import ImageFormat
 from stn_fx.compiler.offers import Offer, offers
@@ -17,6 +19,7 @@ from .options import parse_arguments, parse_shape
 from .report import BatchAxisOption, InputShapeOption, ModelArgOption
 
 MANY_PLACES = 6
+INDENT = 4
 
 
 def hparams(
@@ -42,7 +45,7 @@ def hparams(
     """
     console = Console()
     if model is None:
-        console.print(_catalogue_table())
+        console.print(_catalogue(), highlight=False)
         return
     torch.manual_seed(0)
     loaded = load_model(model, arguments=parse_arguments(model_arg or []))
@@ -56,41 +59,36 @@ def hparams(
             console.print(f"{each.entry.name} does not fit: {each.reason}", style="dim", highlight=False, markup=False)
 
 
-def _catalogue_table() -> Table:
-    table = _table("Catalogue", "name", "values", "start", "scale", "what it is", "from")
+def _catalogue() -> Group:
+    """A line for each hyperparameter, and below it what it is and where that comes from."""
+    shown: list[RenderableType] = []
     for entry in CATALOGUE:
         for component in entry.components:
-            first = component is entry.components[0]
-            options = "".join(f"; option {option.name}: {option.description}" for option in entry.options)
-            table.add_row(
-                entry.full_name(component.name),
-                _values(component),
-                str(component.initial) if not isinstance(component.initial, float) else f"{component.initial:g}",
-                f"{component.scale:g}",
-                entry.description + options if first else "",
-                entry.source if first else "",
-            )
-    return table
+            line = Text(entry.full_name(component.name), style="bold")
+            shown.append(line.append(f"  {_values(component)}", style="not bold"))
+        options = "".join(f"; option {option.name}: {option.description}" for option in entry.options)
+        shown.append(Padding(Text(f"{entry.description}{options}"), (0, 0, 0, INDENT)))
+        shown.append(Padding(Text(entry.source, style="dim"), (0, 0, 1, INDENT)))
+    return Group(*shown)
 
 
 def _values(component: Component) -> str:
-    low, high = (f"{bound:g}" if isinstance(bound, float) else str(bound) for bound in (component.low, component.high))
-    return f"{low} to {high}{', whole' * component.discrete}"
+    low, high, start = (
+        f"{value:g}" if isinstance(value, float) else str(value)
+        for value in (component.low, component.high, component.initial)
+    )
+    return f"{low} to {high}{', whole' * component.discrete}; start {start}; scale {component.scale:g}"
 
 
 def _offer_table(found: list[Offer]) -> Table:
-    table = _table("What this model offers", "name", "places", "which")
+    title = "What this model offers"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+    for column in ("name", "places", "which"):
+        table.add_column(column, overflow="fold", no_wrap=column == "name")
     for each in found:
         if each.reason:
             continue
         shown = ", ".join(each.places[:MANY_PLACES])
         more = f" and {len(each.places) - MANY_PLACES} more" if len(each.places) > MANY_PLACES else ""
         table.add_row(each.entry.name, str(len(each.places)) if each.places else "-", shown + more or each.where)
-    return table
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
-    for column in columns:
-        table.add_column(column, overflow="fold", no_wrap=column == "name")
     return table

@@ -7,11 +7,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from stn_fx.bilevel.live_progress import LiveProgress
 from stn_fx.bilevel.recorded_run import RecordedRun, read_run
 from stn_fx.bilevel.records import SchedulePoint
 from stn_fx.bilevel.replay import FollowSchedule
 
-from .progress import LiveProgress
 from .tables import replay_table, write_comparison
 from .tune_options import TuneOptions
 from .tune_task import image_task

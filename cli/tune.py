@@ -11,14 +11,22 @@ import torch
 import typer
 from rich.console import Console
 
-from stn_fx.bilevel import BilevelTrainer, Callback, Checkpoint, FitResult, RunFolder, TensorBoard, WeightAverage
+from stn_fx.bilevel import (
+    BilevelTrainer,
+    Callback,
+    Checkpoint,
+    FitResult,
+    LiveProgress,
+    RunFolder,
+    TensorBoard,
+    WeightAverage,
+)
 from stn_fx.bilevel.atomic import write_atomically
 from stn_fx.bilevel.checkpoint_file import checkpoints_in
-from stn_fx.bilevel.steps import ENTROPY_WEIGHT
+from stn_fx.bilevel.steps import ENTROPY_WEIGHT, RESPONSE_EVERY
 from stn_fx.errors import InputError
 
 from .options import OptimizerName, ScheduleName
-from .progress import LiveProgress
 from .tables import comparison_table, verdict_lines, write_comparison
 from .tune_options import FILE, TuneOptions
 from .tune_task import how_to_load, image_task
@@ -100,6 +108,9 @@ def tune(
     response: Annotated[
         str, typer.Option(rich_help_panel=TUNING, help="How weights respond: rowwise, or lowrank:RANK (cheaper).")
     ] = "rowwise",
+    response_every: Annotated[
+        int, typer.Option(min=1, rich_help_panel=TUNING, help="The response learns in every so many updates.")
+    ] = RESPONSE_EVERY,
     warmup: Annotated[
         int | None, typer.Option(min=0, rich_help_panel=TUNING, help="Epochs before tuning begins; else two fifths.")
     ] = None,

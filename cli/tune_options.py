@@ -13,6 +13,7 @@ from torch.optim import RMSprop
 from stn_fx.bilevel.apply import UpdateOptions
 from stn_fx.bilevel.atomic import write_atomically
 from stn_fx.bilevel.comparison import Recipe
+from stn_fx.bilevel.response_step import EveryKth, Linearized
 from stn_fx.errors import InputError
 
 from .options import DEFAULT_LR, OPTIMIZERS, SCHEDULES, OptimizerName, ScheduleName
@@ -56,6 +57,7 @@ class TuneOptions:
     keep: int = 2
     tensorboard: bool = False
     trust: bool = True
+    response_every: int = 2
 
     @staticmethod
     def of(values: Mapping[str, Any]) -> "TuneOptions":
@@ -109,6 +111,7 @@ class TuneOptions:
                 "response_optimizer": partial(OPTIMIZERS[self.optimizer], lr=response_lr),
                 "hyper_optimizer": partial(RMSprop, lr=self.hyper_lr),
                 "scale_optimizer": partial(RMSprop, lr=self.hyper_lr),
+                "response_step": EveryKth(Linearized(), self.response_every),
                 "entropy_weight": self.entropy_weight,
                 "updates": UpdateOptions(
                     accumulate=self.accumulate,

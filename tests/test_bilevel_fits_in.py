@@ -1,5 +1,6 @@
 """What a training loop of ones own needs of the trainer: averages, logs, batches of other packages."""
 
+import io
 import sys
 from types import ModuleType
 
@@ -7,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bilevel_fake import FakeSelfTuningModule, classification_batches
+from rich.console import Console
 from torch import nn
 
 import stn_fx
-from stn_fx.bilevel import BilevelTrainer, Callback, Checkpoint, Objective, TensorBoard, WeightAverage
+from stn_fx.bilevel import BilevelTrainer, Callback, Checkpoint, LiveProgress, Objective, TensorBoard, WeightAverage
 from stn_fx.errors import InputError
 
 TRAIN, VALID = classification_batches(0), classification_batches(1)
@@ -28,6 +30,16 @@ class Weights(Callback):
 
     def inner_step_ended(self, trainer, epoch, record):
         self.seen.append(trainer.stn.model.weight.detach().clone())
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_loop_of_ones_own_can_show_its_progress(terminal):
+    text = io.StringIO()
+    shown = LiveProgress(Console(file=text, force_terminal=terminal, width=100), "mine")
+    make_trainer().fit(3, warmup_epochs=1, callbacks=[shown])
+    for expected in ("mine", "3/3", "weight_decay", "label_smoothing", "validation loss"):
+        assert expected in text.getvalue()
+    assert terminal or len(text.getvalue().splitlines()) == 3, "where nothing can be redrawn, a line for each epoch"
 
 
 def test_the_average_is_that_of_its_definition_and_leaves_training_alone():

@@ -151,7 +151,10 @@ def test_accuracy_is_told_for_classifications_only():
     [
         ({"epochs": 0}, "epochs=0"),
         ({"train_steps": 0}, "train_steps=0"),
-        ({"warmup_epochs": -1}, "negative"),
+        ({"epochs": 1.5}, "epochs=1.5: a whole number"),
+        ({"epochs": True}, "epochs=True"),
+        ({"warmup_epochs": -1}, "warmup_epochs=-1"),
+        ({"warmup_epochs": 0.5}, "warmup_epochs=0.5"),
         ({"epochs": 3, "warmup_epochs": 3}, "leaves none"),
     ],
 )

@@ -14,17 +14,18 @@ example_inputs = (torch.randint(9, (3, 5)),)
 """
 
 
-def run(*arguments):
-    result = CliRunner().invoke(app, ["hparams", *arguments], env={"COLUMNS": "200"})
+def run(*arguments, columns=200):
+    result = CliRunner().invoke(app, ["hparams", *arguments], env={"COLUMNS": str(columns)})
     return result.exit_code, " ".join(result.output.split())
 
 
-def test_the_catalogue_is_listed_with_ranges_and_sources():
-    code, text = run()
+@pytest.mark.parametrize("columns", [80, 200])
+def test_the_catalogue_is_listed_with_ranges_and_sources(columns):
+    code, text = run(columns=columns)
     assert code == 0
     for entry in CATALOGUE:
         assert entry.name in text
-    assert "0 to 0.95" in text
+    assert "dropout 0 to 0.95; start the site's own rate, else 0.05; scale 0.5 probability that an element" in text
     assert "arXiv 1708.04552" in text
     assert "locked:" in text
 

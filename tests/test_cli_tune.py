@@ -16,7 +16,7 @@ from stn_fx_cli.tune_options import TuneOptions
 from typer.testing import CliRunner
 
 import stn_fx
-from stn_fx.bilevel import UpdateOptions
+from stn_fx.bilevel import DeltaSTN, UpdateOptions
 from stn_fx.bilevel.schedules import linear
 from stn_fx.errors import InputError
 
@@ -129,12 +129,14 @@ def test_options_of_training_reach_the_trainer(model, tmp_path, monkeypatch):
     def ended(self, trainer, epoch, record):
         self.inner += 1
         seen.append((trainer.algorithm.updates, trainer.algorithm.optimizers["base"].param_groups[0]["lr"]))
+        if isinstance(trainer.algorithm, DeltaSTN):
+            assert str(trainer.algorithm.response_step) == "EveryKth(Linearized(antithetic=True), 3)"
 
-    monkeypatch.setattr("stn_fx_cli.progress.LiveProgress.inner_step_ended", ended)
+    monkeypatch.setattr("stn_fx.bilevel.live_progress.LiveProgress.inner_step_ended", ended)
     out = tmp_path / "run"
     result = run(model, *QUICK, "--accumulate", "2", "--clip-norm", "0.5", "--bf16", "--schedule", "warmup-cosine",
                  "--average", "0.9", "--keep", "3", "--save-every", "1", "--no-trust", "--batch-size", "16",
-                 "--train-steps", "1", "--out", out)  # fmt: skip
+                 "--train-steps", "1", "--response-every", "3", "--out", out)  # fmt: skip
     assert result.exit_code == 0, result.output
     assert {each for each, _ in seen} == {UpdateOptions(accumulate=2, clip_norm=0.5, autocast=torch.bfloat16)}
     rates = [rate for _, rate in seen[: len(seen) // 2]]  # of the tuned run
@@ -191,7 +193,7 @@ def test_ctrl_c_exits_cleanly_and_leaves_what_was_written(model, tmp_path, monke
         raise KeyboardInterrupt
 
     out = tmp_path / "run"
-    monkeypatch.setattr("stn_fx_cli.progress.epoch_line", interrupt)
+    monkeypatch.setattr("stn_fx.bilevel.live_progress.epoch_line", interrupt)
     result = run(model, *QUICK, "--out", out)
     assert result.exit_code == 130
     assert "Interrupted" in result.stderr
@@ -213,7 +215,7 @@ def test_a_killed_run_resumes_from_its_folder_alone_with_the_same_results(model,
     kill = f"""
 import os, signal
 from stn_fx_cli.main import app
-from stn_fx_cli.progress import LiveProgress
+from stn_fx.bilevel.live_progress import LiveProgress
 
 def ended(self, trainer, epoch, record):
     self.inner += 1

@@ -7,6 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FLOORS = (
     "errors",
+    "arguments",
     "hparams",
     "augment",
     "rules",

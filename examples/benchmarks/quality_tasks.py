@@ -115,7 +115,7 @@ CIFAR = Task(
         "augment": _resnet_start(0.05, (3, 16), 0.7, 5e-4, 0.05),
     },
     examples=5_000,
-    plain_epochs=40,
+    plain_epochs=20,
     learning_rate=0.05,
     logarithmic={"weight_decay": 1e-6},
 )

@@ -10,6 +10,7 @@ from stn_fx.bilevel.callbacks import Callback, KeepBest, SafePoint
 from stn_fx.bilevel.checkpoint import Checkpoint
 from stn_fx.bilevel.evaluation import Evaluation, evaluate
 from stn_fx.bilevel.interruption import Terminated
+from stn_fx.bilevel.live_progress import LiveProgress
 from stn_fx.bilevel.objective import Objective
 from stn_fx.bilevel.recorded_run import RecordedRun, read_run
 from stn_fx.bilevel.records import EpochRecord, FitResult, SchedulePoint
@@ -44,6 +45,7 @@ __all__ = [
     "KeepBest",
     "LearningRateSchedule",
     "Linearized",
+    "LiveProgress",
     "Objective",
     "OnFraction",
     "OuterRecord",

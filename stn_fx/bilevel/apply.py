@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from stn_fx.arguments import require_count
 from stn_fx.bilevel.decay import Decay
 from stn_fx.bilevel.replicas import Replicas
 from stn_fx.errors import DivergedError, InputError
@@ -37,12 +38,10 @@ class UpdateOptions:
     skip_limit: int = 10
 
     def __post_init__(self) -> None:
-        if self.accumulate < 1:
-            raise InputError(f"accumulate={self.accumulate}: at least 1 is needed.")
+        require_count("accumulate", self.accumulate)
+        require_count("skip_limit", self.skip_limit, 0)
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise InputError(f"clip_norm={self.clip_norm}: it must be positive, or None for no clipping.")
-        if self.skip_limit < 0:
-            raise InputError(f"skip_limit={self.skip_limit}: it cannot be negative.")
         if self.autocast not in (None, torch.bfloat16):
             raise InputError(
                 f"autocast={self.autocast}: only torch.bfloat16 is supported. float16 needs its loss scaled, and the "

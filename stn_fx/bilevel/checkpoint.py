@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stn_fx.arguments import require_count
 from stn_fx.bilevel.callbacks import Callback, SafePoint
 from stn_fx.bilevel.checkpoint_file import checkpoint_path, checkpoints_in, folder_of, require_plain, write_checkpoint
 from stn_fx.bilevel.records import FitResult
@@ -33,8 +34,8 @@ class Checkpoint(Callback):
         self, folder: str | Path, keep: int = 2, every_steps: int | None = None, overwrite: bool = False
     ) -> None:
         for name, value in (("keep", keep), ("every_steps", every_steps)):
-            if value is not None and value < 1:
-                raise InputError(f"{name}={value}: at least 1 is needed.")
+            if value is not None:
+                require_count(name, value)
         self.folder = Path(folder)
         self.keep = keep
         self.every_steps = every_steps

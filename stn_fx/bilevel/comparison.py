@@ -31,8 +31,7 @@ class Recipe:
         warmup_epochs: see `BilevelTrainer.fit`; so are `train_steps` and `valid_steps`.
         train_steps: T_train.
         valid_steps: T_valid.
-        options: optimizers (factories, because each run has its own parameters), entropy weight and updates of
-            `DeltaSTN`.
+        options: of `DeltaSTN`; optimizers as factories, because each run has its own parameters.
         loss: of both.
         schedule: learning rates over the run, see `LearningRateSchedule`; None keeps them constant.
         measure_trust: see `BilevelTrainer.fit`.

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from stn_fx.arguments import require_count
 from stn_fx.bilevel.apply import Outcome
 from stn_fx.bilevel.batch import Batch, batch_size
 from stn_fx.bilevel.generators import default_generators
@@ -113,8 +114,7 @@ class EveryKth(ResponseStep):
     """
 
     def __init__(self, step: ResponseStep, k: int) -> None:
-        if k < 1:
-            raise InputError(f"k={k}: at least 1 is needed.")
+        require_count("k", k)
         self.step = step
         self.k = k
         self._passed = 0

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from stn_fx.transform import SelfTuningModule
 
 ENTROPY_WEIGHT = 1e-3
+RESPONSE_EVERY = 2
+"""The response learns in every so many inner steps, from two opposite perturbations."""
 
 
 class DeltaSTNOptions(TypedDict, total=False):
@@ -100,7 +102,7 @@ class DeltaSTN(Algorithm):
         )
         self.entropy_weight = entropy_weight
         self.sampling = sampling or PerExample()
-        self.response_step = response_step or EveryKth(Linearized(), 2)
+        self.response_step = response_step or EveryKth(Linearized(), RESPONSE_EVERY)
 
     def inner_step(self, content: Any) -> InnerRecord:
         """One update of the base parameters, then one of the response parameters with fresh perturbations."""

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stn_fx.arguments import require_count
 from stn_fx.bilevel.algorithm import Algorithm, device_of
 from stn_fx.bilevel.callbacks import Callback, SafePoint
 from stn_fx.bilevel.checkpoint_file import latest_checkpoint, read_checkpoint, require_same
@@ -117,12 +118,10 @@ class BilevelTrainer:
         """
         options = {"epochs": epochs, "train_steps": train_steps, "valid_steps": valid_steps}
         for name, value in options.items():
-            if value < 1:
-                raise InputError(f"{name}={value}: at least 1 is needed.")
+            require_count(name, value, 1)
         if warmup_epochs is None:
             warmup_epochs = max(2 * epochs // 5, min(1, epochs - 1))
-        if warmup_epochs < 0:
-            raise InputError(f"warmup_epochs={warmup_epochs}: it cannot be negative.")
+        require_count("warmup_epochs", warmup_epochs, 0)
         if self.algorithm.tunes and warmup_epochs >= epochs:
             raise InputError(
                 f"warmup_epochs={warmup_epochs} leaves none of {epochs} epochs for tuning. Lower it, or train longer."

@@ -17,6 +17,8 @@ MOVING = 4.0
 """Standard errors from which a hypergradient at the end means that the value has not settled."""
 GOOD_RESPONSE = 0.5
 """Response error up to which at least three quarters of the attainable decrease are there."""
+LOWER_RATE = "Lower the response's learning rate (response_optimizer; --response-lr)"
+LONGER = "Train longer (epochs; --epochs)"
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,10 @@ def _against(end: Trust, last: list[Trust], tuned: list[Trust], scale: float) ->
     if end.collapsed:
         return (
             f"Its scale fell to {scale:.2g}, below {COLLAPSED:g}: in so small a surrounding the response is mostly "
-            f"noise. Raise the entropy weight."
+            f"noise. Raise entropy_weight (--entropy-weight)."
         )
     if end.bound == "upper":
-        return "It is at its upper bound: a higher one may be better. Widen the bound."
+        return "It is at its upper bound: a higher one may be better. Widen the bound, as in NAME(high=...)."
     if end.bound == "lower":
         return (
             "It is at its lower bound: either the model wants none of it, or its gradient was lost in noise. See "
@@ -68,20 +70,20 @@ def _against(end: Trust, last: list[Trust], tuned: list[Trust], scale: float) ->
     if (end.delivery_signal or 0) <= -SEEN:
         return (
             "Its response is worse than none: at fresh perturbations it raises the training loss, so it is mostly "
-            "noise or too long. Lower the rate of the response, or use larger batches."
+            f"noise or too long. {LOWER_RATE}, or use larger batches."
         )
     if (end.response_signal or 0) <= -SEEN:
-        return "Its response points uphill: it would raise the loss that it is to lower. Lower the response's rate."
+        return f"Its response points uphill: it would raise the loss that it is to lower. {LOWER_RATE}."
     if (end.response_signal or 0) < SEEN:
         return (
             "Its response cannot be told from noise: it may have little effect, or was learned for too short a time. "
-            "Lengthen the warm-up, or use larger batches."
+            "Lengthen the warm-up (warmup_epochs; --warmup), or use larger batches."
         )
     if end.response_error > GOOD_RESPONSE:
         short = (end.delivered or 0) > (end.promised or 0)
         return (
             f"Its response is {'too short still' if short else 'too long or noisy'} (error {end.response_error:.2f}; 0 "
-            f"is exact, 1 no better than none). {'Train longer' if short else 'Lower the rate of the response'}."
+            f"is exact, 1 no better than none). {LONGER if short else LOWER_RATE}."
         )
     signals = [ratio(each.hypergradient, each.hypergradient_error) or 0.0 for each in [end, pooled(tuned), *tuned]]
     if max(map(abs, signals)) < SEEN:
@@ -90,7 +92,7 @@ def _against(end: Trust, last: list[Trust], tuned: list[Trust], scale: float) ->
             "validation data or a higher start; it may not matter."
         )
     if len(last) > 1 and abs(signals[0]) > MOVING:
-        return f"It is still moving: its hypergradient is {abs(signals[0]):.0f} standard errors from 0. Train longer."
+        return f"It is still moving: its hypergradient is {abs(signals[0]):.0f} standard errors from 0. {LONGER}."
     return None
 
 

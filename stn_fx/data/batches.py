@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stn_fx.arguments import require_count
 from stn_fx.augment.image_format import ImageFormat
 from stn_fx.data.images import ImageSet, Splits
-from stn_fx.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,7 @@ class ImageBatches:
         drop_last: bool = False,
         seed: int = 0,
     ) -> None:
-        if batch_size < 1:
-            raise InputError(f"batch_size={batch_size}: at least 1 is needed.")
+        require_count("batch_size", batch_size)
         self.images = images
         self.normalisation = normalisation
         self.batch_size = batch_size

@@ -1,51 +1,65 @@
 """Live progress of a run in the terminal: a bar, the losses, and the hyperparameters moving."""
 
+from typing import TYPE_CHECKING
+
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from stn_fx.bilevel import BilevelTrainer, Callback, EpochRecord, FitResult, InnerRecord
+from stn_fx.bilevel.algorithm import InnerRecord
+from stn_fx.bilevel.callbacks import Callback
+from stn_fx.bilevel.records import EpochRecord, FitResult
+
+if TYPE_CHECKING:
+    from stn_fx.bilevel.trainer import BilevelTrainer
 
 MAX_ROWS = 16
 SMOOTHING = 0.9
 
 
 class LiveProgress(Callback):
-    """Shows a run while it goes on; on a terminal that cannot be redrawn, one line per epoch."""
+    """Shows a run while it goes on; on a terminal that cannot be redrawn, one line per epoch.
 
-    def __init__(self, console: Console, title: str) -> None:
-        self.console = console
+    Args:
+        console: of rich; standard output where None.
+        title: stands before the bar and every line.
+    """
+
+    first_process_only = True
+
+    def __init__(self, console: Console | None = None, title: str = "tuning") -> None:
+        self.console = console or Console()
         self.title = title
         self.progress = Progress(
             TextColumn(f"[bold]{title}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"), TimeRemainingColumn()
         )
-        self.live = Live(console=console, refresh_per_second=4, auto_refresh=False)
+        self.live = Live(console=self.console, refresh_per_second=4, auto_refresh=False)
         self.loss: float | None = None
         self.steps_per_epoch = 0
         self.inner = 0
 
-    def fit_started(self, trainer: BilevelTrainer, epochs: int, result: FitResult) -> None:
+    def fit_started(self, trainer: "BilevelTrainer", epochs: int, result: FitResult) -> None:
         self.task = self.progress.add_task("", total=epochs, completed=len(result.history))
         self.epochs = epochs
         if self.console.is_terminal:
             self.live.start()
         self._show(result)
 
-    def inner_step_ended(self, trainer: BilevelTrainer, epoch: int, record: InnerRecord) -> None:
+    def inner_step_ended(self, trainer: "BilevelTrainer", epoch: int, record: InnerRecord) -> None:
         self.inner += 1
         self.loss = record.loss if self.loss is None else SMOOTHING * self.loss + (1 - SMOOTHING) * record.loss
 
-    def outer_step_ended(self, trainer: BilevelTrainer, epoch: int, result: FitResult) -> None:
+    def outer_step_ended(self, trainer: "BilevelTrainer", epoch: int, result: FitResult) -> None:
         self._show(result)
 
-    def epoch_ended(self, trainer: BilevelTrainer, record: EpochRecord, result: FitResult) -> None:
+    def epoch_ended(self, trainer: "BilevelTrainer", record: EpochRecord, result: FitResult) -> None:
         self.progress.advance(self.task)
         self._show(result)
         if not self.console.is_terminal:
             self.console.print(epoch_line(self.title, record, self.epochs, result), soft_wrap=True)
 
-    def fit_ended(self, trainer: BilevelTrainer, result: FitResult) -> None:
+    def fit_ended(self, trainer: "BilevelTrainer", result: FitResult) -> None:
         if self.console.is_terminal:
             self._show(result)
             self.live.stop()
