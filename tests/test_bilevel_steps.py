@@ -154,6 +154,7 @@ def test_optimizers_that_do_harm_are_refused(options, message):
 
 def test_an_optimizers_own_weight_decay_is_allowed_where_it_is_not_tuned():
     DeltaSTN(make("label_smoothing"), base_optimizer=partial(SGD, lr=0.1, weight_decay=1e-3))
+    DeltaSTN(make("weight_decay"), response_optimizer=partial(AdamW, lr=0.1))
 
 
 def test_frozen_parameters_are_left_out():

@@ -47,6 +47,15 @@ def test_it_passes_on_whole_models(name: str) -> None:
     assert result.passed, str(result)
 
 
+@pytest.mark.parametrize("j", [0, 1])
+def test_an_example_that_no_rate_can_move_is_no_fault(j: int) -> None:
+    x = X.clone()
+    x[j] = 0.0
+    model = nn.Sequential(nn.Dropout(0.2), nn.Linear(8, 3))
+    result = stn_fx.check(stn_fx.transform(model, "dropout", (x,)), (x,))
+    assert result.passed, str(result)
+
+
 def test_it_touches_nothing() -> None:
     stn = stn_fx.transform(MLP(), "dropout", (X,)).train()
     stn.model.drop.eval()

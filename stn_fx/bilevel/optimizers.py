@@ -94,7 +94,7 @@ def _check_weight_decay(optimizer: Optimizer, role: Role, decay_is_tuned: bool) 
             f"The {role} optimizer has a weight decay, which would pull every raw value to 0, the middle between its "
             f"bounds. Build it with weight_decay=0 (AdamW's default is 0.01)."
         )
-    if decay_is_tuned:
+    if role == "base" and decay_is_tuned:  # the response's own decay shrinks the response, not the weights
         raise InputError(
             f"The {role} optimizer has a weight decay of its own beside the hyperparameter weight_decay, and both "
             f"would act. Build it with weight_decay=0, or leave weight_decay out of hparams."

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -141,40 +141,52 @@ def training_graph(trial: Trial) -> Found:
     return relative_error(floating(tangent), judged), "judged by central differences" if differences else ""
 
 
-def sites(trial: Trial, attempts: int = 4) -> Found:
+def sites(trial: Trial) -> Found:
     """With all rates at zero except in row j, exactly row j changes; the error is the number of wrong rows."""
     stn = trial.stn
     terms = {name for _, name in activation_terms(stn.compiled.plan.sites)}  # these act in the loss only
     names = {name for site in stn.compiled.plan.sites for _, name in site.hyperparameters}
-    columns = {stn.hparams.index(name) for name in names - terms} - set(stn.hparams.per_batch)
+    columns = sorted({stn.hparams.index(name) for name in names - terms} - set(stn.hparams.per_batch))
     if not columns:
         return None, "no hyperparameter acts at a site"
     stn.train()
     for module in stn.model.modules():  # in training mode a batch norm moves every row
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
             module.eval()
-    off = torch.full_like(trial.raw_BH, OFF)
-    wrong: set[tuple[int, int]] = set()
-    generator = stn.generator()
-    with torch.no_grad():
-        for j in range(min(trial.batch, JUDGED_EXAMPLES)):
-            raw_BH = off.clone()
-            raw_BH[j, list(columns)] = 4.0
-            moved: set[int] = set()
-            for _ in range(attempts):  # a branch may be kept by chance
-                state = generator.get_state()  # the same draws where no hyperparameter acts
-                still, _ = trial.call(stn.linearize, raw=off)
-                generator.set_state(state)
-                output, _ = trial.call(stn.linearize, raw=raw_BH)
-                for i in range(trial.batch):
-                    if not all(map(torch.equal, trial.outputs_of(output, i), trial.outputs_of(still, i))):
-                        moved.add(i)
-                if j in moved:
-                    break
-            wrong |= {(i, j) for i in moved ^ {j}}
+    rows = range(min(trial.batch, JUDGED_EXAMPLES))
+    moved = {j: _moved_rows(trial, columns, j) for j in rows}
+    # Nothing moves an example of zeros, say. One that was seen to move stands in for it.
+    moving = next((j for j in rows if j in moved[j]), None)
+    for j in rows:
+        if moving is not None and not moved[j]:
+            swapped = [moving if i == j else i for i in range(trial.batch)]
+            inputs = rows_of(trial.inputs, stn.compiled.captured.batch_axes, swapped)
+            moved[j] = _moved_rows(replace(trial, inputs=inputs), columns, j)
     stn.train()
-    note = "; ".join(f"rates in row {j} {'left' if i == j else 'changed'} row {i}" for i, j in sorted(wrong)[:3])
+    wrong = sorted((i, j) for j in rows for i in moved[j] ^ {j})
+    note = "; ".join(f"rates in row {j} {'left' if i == j else 'changed'} row {i}" for i, j in wrong[:3])
     return float(len(wrong)), note
+
+
+@torch.no_grad()
+def _moved_rows(trial: Trial, columns: list[int], j: int, attempts: int = 4) -> set[int]:
+    """The rows of the output that change when the rates of row j do."""
+    stn, moved = trial.stn, set[int]()
+    generator = stn.generator()
+    off = torch.full_like(trial.raw_BH, OFF)
+    raw_BH = off.clone()
+    raw_BH[j, columns] = 4.0
+    for _ in range(attempts):  # a branch may be kept by chance
+        state = generator.get_state()  # the same draws where no hyperparameter acts
+        still, _ = trial.call(stn.linearize, raw=off)
+        generator.set_state(state)
+        output, _ = trial.call(stn.linearize, raw=raw_BH)
+        for i in range(trial.batch):
+            if not all(map(torch.equal, trial.outputs_of(output, i), trial.outputs_of(still, i))):
+                moved.add(i)
+        if j in moved:
+            break
+    return moved
 
 
 def response_gradients(trial: Trial) -> Found:
