@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from augmented_models import X as IMAGES
 from augmented_models import assert_left, assert_same_distribution, assert_sites, transformed
 from torch import nn
@@ -161,10 +162,31 @@ def test_settings_that_no_value_of_an_entry_stands_for(module, reason):
     assert reason in found.reason
 
 
-def test_a_module_without_a_gradient_is_refused():
-    """torchvision's bilinear rotation with a fill colour writes over what its own backward needs."""
+WITHOUT_GRADIENT = {
+    "rotation": lambda: v2.RandomRotation((0, 15), **BILINEAR),
+    "perspective": lambda: v2.RandomPerspective(p=1.0),
+    "AugMix": lambda: v2.AugMix(),
+}
+"""These write over what their own backward needs."""
+
+
+@pytest.mark.parametrize("build", WITHOUT_GRADIENT.values(), ids=WITHOUT_GRADIENT)
+def test_nobody_needs_the_gradient_of_what_changes_the_input(build):
+    stn = stn_fx.transform(Net(build()).double(), "weight_decay", (X,), seed=0).train()
+    assert stn_fx.check(stn, X).passed
+    steps = stn_fx.DeltaSTN(stn, lambda output, target: F.cross_entropy(output[0], target))
+    weight = stn.model.conv.weight.detach().clone()
+    for _ in range(2):
+        steps.inner_step((X, torch.arange(4) % 2))
+    steps.outer_step((X, torch.arange(4) % 2))
+    assert not torch.equal(weight, stn.model.conv.weight)
+
+
+@pytest.mark.parametrize("name", ["rotation", "perspective"])
+def test_a_module_without_a_gradient_is_refused_behind_weights(name):
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), WITHOUT_GRADIENT[name](), nn.Flatten(), nn.Linear(108, 2)).double()
     with pytest.raises(CaptureError, match="its gradient cannot be computed"):
-        transformed(v2.RandomRotation((0, 15), **BILINEAR), "weight_decay")
+        stn_fx.transform(model, "weight_decay", (X,), seed=0)
 
 
 def test_entries_of_a_module_that_are_not_asked_for_act_at_its_own_values():

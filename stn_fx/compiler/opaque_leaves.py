@@ -40,7 +40,8 @@ def opaque_leaf(
     """Describe the calls of one module from two runs of the model with different batch sizes.
 
     Raises:
-        CaptureError: the module cannot be left out: its calls differ, or the tangent through it would be wrong.
+        CaptureError: the module cannot be left out, because its calls differ.  Where the tangent through it would be
+            wrong, that is the leaf's `refusal`, for whoever has a tangent for it.
     """
     module = model.get_submodule(name)
     batch = next(v.shape[a] for v, a in zip(flat, batch_axes, strict=True) if a is not None)
@@ -67,7 +68,8 @@ def opaque_leaf(
         next(((i, a, m) for i, axes in enumerate(sizes_in) for a, (_, m) in enumerate(axes) if m), None),
     )  # fmt: skip
     with without_autocast(module):
-        _prove_tangent(leaf, [_in_full(a, module) for a in call.arguments if isinstance(a, Tensor)])
+        why = _doubt(leaf, [_in_full(a, module) for a in call.arguments if isinstance(a, Tensor)])
+    leaf.refusal = str(_refusal(name, reason, why)) if why else ""
     return leaf
 
 
@@ -113,8 +115,8 @@ def _tensors(leaves: list[Any]) -> list[int]:
     return [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
 
-def _prove_tangent(leaf: OpaqueLeaf, inputs: list[Tensor]) -> None:
-    """Choose how the tangent passes, by central differences of the evaluated module; refuse what is no derivative."""
+def _doubt(leaf: OpaqueLeaf, inputs: list[Tensor]) -> str:
+    """Choose how the tangent passes, and why it cannot, by central differences of the evaluated module."""
     floating = [i for i, value in enumerate(inputs) if differentiable(value)]
     generator, states = torch.Generator().manual_seed(0), generator_states(inputs)
     primals = tuple(inputs[i].detach() for i in floating)
@@ -129,7 +131,7 @@ def _prove_tangent(leaf: OpaqueLeaf, inputs: list[Tensor]) -> None:
         return tuple(output for output in outputs if differentiable(output))
 
     if not floating or not function(*primals):
-        return
+        return ""
     differences = _tuple(linearize(function, primals, directions, forward_mode=False))
     cotangents = tuple(torch.randn(d.shape, generator=generator).to(d) for d in differences)
     expected = _inner(cotangents, differences)
@@ -148,13 +150,13 @@ def _prove_tangent(leaf: OpaqueLeaf, inputs: list[Tensor]) -> None:
         try:
             pulled = torch.autograd.grad([o for o, _ in outputs], live, [c for _, c in outputs], allow_unused=True)
         except RuntimeError as error:  # it wrote over what its backward needs
-            raise _refusal(leaf.name, leaf.reason, f"its gradient cannot be computed ({error})") from error
+            return f"its gradient cannot be computed ({error})"
     adjoint = sum(float((g.conj() * d).sum().real) for g, d in zip(pulled, directions, strict=False) if g is not None)
     if abs(adjoint - expected) >= tolerance:
-        raise _refusal(
-            leaf.name, leaf.reason,
-            f"its gradient is not the derivative of its forward ({adjoint:.3g} against {expected:.3g} by differences)",
-        )  # fmt: skip
+        return (
+            f"its gradient is not the derivative of its forward ({adjoint:.3g} against {expected:.3g} by differences)"
+        )
+    return ""
 
 
 def _in_full(value: Tensor, module: nn.Module) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from stn_fx.errors import CaptureError
 from stn_fx.rules.as_found import attributes_as_found
 from stn_fx.rules.rule import REGISTRY, Emitter, Rule
 from stn_fx.rules.slots import slots
@@ -47,6 +48,8 @@ class OpaqueLeaf:
     batch_at: tuple[int, int, int] | None
     forward_mode: bool = True
     """Whether the tangent goes through it by forward mode; else by central differences."""
+    refusal: str = ""
+    """The error where a tangent would have to pass and would be wrong; none comes to an augmentation of the input."""
     key: int = field(default_factory=lambda: next(_KEYS))
 
     def __post_init__(self) -> None:
@@ -174,6 +177,8 @@ class OpaqueRule(Rule):
     def linearize(self, emit: Emitter, node: Any) -> tuple[Any, Any]:
         inputs, key, training, autocast = node.args
         tangents = [emit.tangent(argument) for argument in inputs]
+        if any(tangent is not None for tangent in tangents) and (error := _LEAVES[key].refusal):
+            raise CaptureError(error)
         both = emit.call(opaque_linearized, emit.value(inputs), tangents, key, training, autocast)
         primal = emit.item(both, 0)
         if all(tangent is None for tangent in tangents):
