@@ -70,7 +70,9 @@ class Way:
         return inner * self.cost.inner + outer * self.cost.outer * self.valid_batch / task.batch_size
 
     def _rounds(self, epochs: int, batches: int) -> int:
-        return (epochs - self.warmup_epochs(epochs)) * batches // self.train_steps if self.cost.outer else 0
+        if not self.cost.outer:
+            return 0
+        return epochs * batches // self.train_steps - self.warmup_epochs(epochs) * batches // self.train_steps
 
 
 @dataclass
