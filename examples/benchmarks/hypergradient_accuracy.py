@@ -1,43 +1,90 @@
-"""How exact is the hypergradient while a model trains?  Against runs retrained around the current hyperparameters.
+"""How exact is the hypergradient while a model trains?  Against runs that are trained again with other hyperparameters.
 
-    python examples/benchmarks/hypergradient_accuracy.py                        # scikit-learn's digits
-    python examples/benchmarks/hypergradient_accuracy.py --epochs 20 --looks 2 --seeds 4
+    python examples/benchmarks/hypergradient_accuracy.py --data ~/data/fashion-mnist --out accuracy   # half an hour
+    python examples/benchmarks/hypergradient_accuracy.py --epochs 10 --seeds 2 --out accuracy         # digits, a minute
 
-A SimpleCNN trains with tuning.  At some epochs it stops for a look: the hypergradient is taken on the whole validation
-set, and for every hyperparameter several pairs of ordinary runs go on from the same weights, the one at a raw value
-above the current one, the other below.  The two of a pair meet the same batches and draw the same masks.  Their
-difference in validation loss is what the hypergradient predicts; the cosine says how well the directions agree.  The
-differences are noisy too: the cosine between the means of two halves of the pairs says how well they agree among
-themselves, and no method can agree with them much better than that.
+A perceptron trains at hyperparameters that stay as they are, with a response beside it that learns as for tuning, and
+every few updates the hypergradient is taken as an outer step takes it, on one validation batch with perturbed
+hyperparameters, and not followed.  What the responses are compared with: for every hyperparameter pairs of ordinary
+runs from the same initial weights, one at a raw value above, the other below, the two with the same batches and masks;
+their difference in validation loss is what the hypergradient predicts.  Both are means over a window of epochs, since
+a single hypergradient follows the noise of the weights as much as the hyperparameters.
+
+The cosine tells how well the directions agree.  The differences are noisy too: the cosine between the means of two
+halves of the pairs says how well they agree among themselves, and no method can agree with them much better than that.
+Every finished run is a file in the folder; the same command goes on behind the runs that are done.
 """
 
 import argparse
-import copy
 import csv
+import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from response_noise import hypergradient
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from simple_cnn import SimpleCNN
-from torch import Tensor
-from torch.optim import SGD, RMSprop
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor, nn
+from torch.optim import SGD
 
 import stn_fx
-from stn_fx.bilevel import DeltaSTN, FixedHyperparameters
-from stn_fx.bilevel.evaluation import evaluate
+from stn_fx.bilevel import (
+    Algorithm,
+    BilevelTrainer,
+    Callback,
+    DeltaSTN,
+    EveryKth,
+    FitResult,
+    FixedHyperparameters,
+    Linearized,
+)
+from stn_fx.bilevel.atomic import write_atomically
 from stn_fx.data import ImageBatches, Splits, load_images, split_images
 from stn_fx.data.batches import Normalisation
 
-HPARAMS = "dropout,gaussian_noise,weight_decay"
-BATCH_SIZE, EVALUATION = 64, 500
+HPARAMS = "dropout(initial=0.2),gaussian_noise,weight_decay"
+WIDTH, BATCH_SIZE, VALID_BATCH = 64, 128, 512
 VALID_FRACTION = 0.4
-HYPER_RATE = 0.02
+MOMENTUM = 0.9
+TRAIN_STEPS = 2
+RESPONSES = 2
+"""Runs of each way; they differ in the perturbations and masks of the response alone."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a response learns: its form, its steps, its learning rate in units of the weights' one."""
+
+    form: stn_fx.LowRank | None = None
+    every: int = 2
+    antithetic: bool = True
+    rate: float = 1.0
+
+    def algorithm(self, stn: stn_fx.SelfTuningModule, rate: float) -> DeltaSTN:
+        """With hyperparameters that never move."""
+        step = EveryKth(Linearized(self.antithetic), self.every)
+        optimizers = {
+            "base_optimizer": partial(SGD, lr=rate, momentum=MOMENTUM),
+            "response_optimizer": partial(SGD, lr=rate * self.rate, momentum=MOMENTUM),
+            "hyper_optimizer": partial(SGD, lr=0.0),
+        }
+        return DeltaSTN(stn, response_step=step, tune_scales=False, **optimizers)
+
+
+WAYS = {
+    "default": Way(),
+    "single perturbations": Way(every=1, antithetic=False),
+    "every eighth step": Way(every=8),
+    "a third of the rate": Way(rate=1 / 3),
+    "three times the rate": Way(rate=3.0),
+    "LowRank(8)": Way(stn_fx.LowRank(8)),
+    "LowRank(32)": Way(stn_fx.LowRank(32)),
+}
 
 
 @dataclass(frozen=True)
@@ -46,181 +93,194 @@ class Setting:
 
     splits: Splits
     rate: float
+    epochs: int
 
-    def batches(self, part: str, size: int, seed: int | None = None) -> ImageBatches:
-        """Batches of one part of the data, in a random order if there is a seed."""
-        normalisation, shuffle = Normalisation.of(self.splits.train), seed is not None
-        return ImageBatches(
-            getattr(self.splits, part), normalisation, size, shuffle=shuffle, drop_last=shuffle, seed=seed or 0
+    def wrapped(self, seed: int, form: stn_fx.LowRank | None = None) -> stn_fx.SelfTuningModule:
+        """A new model; its weights are always the same, the seed is that of masks and perturbations."""
+        torch.manual_seed(0)
+        inputs = self.splits.train.channels * self.splits.train.size[0] * self.splits.train.size[1]
+        layers: list[nn.Module] = [nn.Flatten()]
+        for size, outputs in ((inputs, WIDTH), (WIDTH, WIDTH), (WIDTH, len(self.splits.classes))):
+            layers += [nn.Dropout(0.2), nn.Linear(size, outputs), nn.ReLU()]
+        x, _ = next(iter(self._batches("train", BATCH_SIZE, seed)))
+        return stn_fx.transform(nn.Sequential(*layers[:-1]), HPARAMS, (x,), response=form or "rowwise", seed=seed)
+
+    def fit(self, algorithm: Algorithm, seed: int, *callbacks: Callback) -> FitResult:
+        """Train; the seed is that of the order of the data."""
+        train, valid = self._batches("train", BATCH_SIZE, seed), self._batches("valid", VALID_BATCH, seed)
+        trainer = BilevelTrainer(algorithm.stn, train=train, valid=valid, algorithm=algorithm)
+        return trainer.fit(
+            self.epochs, warmup_epochs=0, train_steps=TRAIN_STEPS, callbacks=callbacks, measure_trust=False
         )
 
-    def wrapped(self, seed: int) -> stn_fx.SelfTuningModule:
-        """A new model, the same for every seed; masks and perturbations differ."""
-        torch.manual_seed(0)
-        splits = self.splits
-        model = SimpleCNN(splits.train.channels, splits.train.size[0], len(splits.classes), rate=0.2)
-        return stn_fx.transform(model, HPARAMS, (next(iter(self.batches("train", 2)))[0],), seed=seed)
-
-    def optimizer(self) -> partial[SGD]:
-        """Of the weights."""
-        return partial(SGD, lr=self.rate, momentum=0.9)
+    def _batches(self, part: str, size: int, seed: int) -> ImageBatches:
+        normalisation = Normalisation.of(self.splits.train)
+        images, drop_last = getattr(self.splits, part), part == "train"
+        return ImageBatches(images, normalisation, size, shuffle=True, drop_last=drop_last, seed=seed)
 
 
-class Retraining:
-    """Validation losses of ordinary runs that go on from a state of another run.
+class Hypergradients(Callback):
+    """Means over each epoch, (epochs, H)."""
 
-    Args:
-        setting: model and data.
-        epochs: of each run; its loss is the mean over the last third of them.
-    """
+    def __init__(self) -> None:
+        self.of_epoch: list[Tensor] = []
+        self.means: list[list[float]] = []
 
-    def __init__(self, setting: Setting, epochs: int) -> None:
-        self.setting, self.epochs = setting, epochs
-        self.stn = setting.wrapped(0)
-        self.steps = FixedHyperparameters(self.stn, base_optimizer=setting.optimizer())
+    def outer_step_ended(self, trainer: BilevelTrainer, epoch: int, result: FitResult) -> None:
+        gradient_H = trainer.stn.hparams.raw.grad
+        assert gradient_H is not None
+        self.of_epoch.append(gradient_H.clone())
 
-    def loss(self, tuned: DeltaSTN, raw_H: Tensor, seed: int) -> float:
-        """At these raw hyperparameters; the seed decides about the order of the data and all masks."""
-        stn = self.stn
-        stn.model.load_state_dict(tuned.stn.model.state_dict())
-        self.steps.optimizers["base"].load_state_dict(copy.deepcopy(tuned.optimizers["base"].state_dict()))
-        with torch.no_grad():
-            stn.hparams.raw.copy_(raw_H)
-        stn.generator().manual_seed(seed)
-        training, losses = self.setting.batches("train", BATCH_SIZE, seed), []
-        for epoch in range(self.epochs):
-            for batch in training:
-                self.steps.inner_step(batch)
-            if epoch >= self.epochs - max(1, self.epochs // 3):
-                losses.append(evaluate(stn, F.cross_entropy, self.setting.batches("valid", EVALUATION)).loss)
-        return statistics.fmean(losses)
+    def epoch_ended(self, trainer: BilevelTrainer, record: object, result: FitResult) -> None:
+        self.means.append(torch.stack(self.of_epoch).mean(0).tolist())
+        self.of_epoch.clear()
+
+
+def retrained(setting: Setting, seed: int, index: int, offset: float) -> list[float]:
+    """Validation losses after every epoch of an ordinary run with one raw hyperparameter moved."""
+    stn = setting.wrapped(seed)
+    with torch.no_grad():
+        stn.hparams.raw[index] += offset
+    algorithm = FixedHyperparameters(stn, base_optimizer=partial(SGD, lr=setting.rate, momentum=MOMENTUM))
+    return [record.valid_loss for record in setting.fit(algorithm, seed).history]
+
+
+def responded(setting: Setting, way: Way, seed: int) -> list[list[float]]:
+    """Mean hypergradients of every epoch, by hyperparameters."""
+    found = Hypergradients()
+    algorithm = way.algorithm(setting.wrapped(seed, way.form), setting.rate)
+    setting.fit(algorithm, 0, found)
+    return found.means
+
+
+def kept(path: Path, compute: Callable[[], list]) -> list:
+    """What a run gave, from its file where there is one."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(compute())
+        write_atomically(path, lambda temporary: temporary.write_text(text))
+    return json.loads(path.read_text())
 
 
 @dataclass(frozen=True)
-class Look:
-    """What was found at one epoch.
+class Findings:
+    """What all runs gave, as means over windows of epochs.
 
     Attributes:
-        epoch: of the run that tunes.
-        values: of the hyperparameters there.
-        predicted_H: hypergradient of the response, by raw hyperparameters.
-        found_SH: differences between retrained runs, one row for each seed.
+        names: of the hyperparameters.
+        differences_SWH: between retrained runs, by seeds and windows.
+        predicted_RWH: mean hypergradients of each way, by responses and windows.
     """
 
-    epoch: int
-    values: dict[str, float]
-    predicted_H: Tensor
-    found_SH: Tensor
+    names: list[str]
+    differences_SWH: Tensor
+    predicted_RWH: dict[str, Tensor]
 
-    @property
-    def cosine(self) -> float:
-        """Between the hypergradient and the mean of the differences."""
-        return F.cosine_similarity(self.predicted_H, self.found_SH.mean(0), dim=0).item()
+    def between_halves(self) -> list[float]:
+        """Cosines of the mean differences of half of the pairs with those of the other half, by windows."""
+        return _cosines(self.differences_SWH[::2].mean(0), self.differences_SWH[1::2].mean(0))
 
-    @property
-    def between_halves(self) -> float:
-        """Cosine between the means of two halves of the differences."""
-        return F.cosine_similarity(self.found_SH[::2].mean(0), self.found_SH[1::2].mean(0), dim=0).item()
+    def cosines(self, way: str) -> list[list[float]]:
+        """Of each response with the mean differences, by windows."""
+        return [_cosines(predicted_WH, self.differences_SWH.mean(0)) for predicted_WH in self.predicted_RWH[way]]
 
-    def rows(self) -> list[dict[str, float | str]]:
-        """One for each hyperparameter."""
-        errors_H = self.found_SH.std(0) / len(self.found_SH) ** 0.5
-        columns = (self.predicted_H.tolist(), self.found_SH.mean(0).tolist(), errors_H.tolist())
+    def rows(self, window: int) -> list[dict[str, float | str]]:
+        """For the CSV file: one for each way, response, window and hyperparameter."""
+        truth_WH = self.differences_SWH.mean(0)
+        error_WH = self.differences_SWH.std(0) / len(self.differences_SWH) ** 0.5
         return [
             {
-                "epoch": self.epoch,
+                "way": way,
+                "response": response,
+                "epochs": f"{w * window + 1}-{(w + 1) * window}",
                 "hyperparameter": name,
-                "value": value,
-                "predicted": predicted,
-                "retrained": retrained,
-                "standard_error": error,
+                "hypergradient": predicted_WH[w, h].item(),
+                "retrained": truth_WH[w, h].item(),
+                "standard_error": error_WH[w, h].item(),
             }
-            for (name, value), predicted, retrained, error in zip(self.values.items(), *columns, strict=True)
+            for way, predicted_RWH in self.predicted_RWH.items()
+            for response, predicted_WH in enumerate(predicted_RWH)
+            for w in range(len(truth_WH))
+            for h, name in enumerate(self.names)
         ]
 
 
-def look(
-    steps: DeltaSTN,
-    setting: Setting,
-    retraining: Retraining,
-    epoch: int,
-    seeds: int,
-    step: float,
-    tick: Callable[[], None],
-) -> Look:
-    """Hypergradient and pairs of retrained runs at the present state of `steps`; `tick` is called after every pair."""
-    stn = steps.stn
-    raw_H, found_SH = stn.hparams.raw.detach().clone(), torch.zeros(seeds, len(stn.hparams))
-    for seed in range(seeds):
-        for index in range(len(raw_H)):
-            step_H = torch.zeros_like(raw_H)
-            step_H[index] = step
-            above, below = (retraining.loss(steps, raw_H + sign * step_H, seed) for sign in (1, -1))
-            found_SH[seed, index] = (above - below) / (2 * step)
-            tick()
-    predicted_H = hypergradient(stn, setting.batches("valid", EVALUATION))
-    return Look(epoch, stn.hparams.values(), predicted_H, found_SH)
+def _cosines(left_WH: Tensor, right_WH: Tensor) -> list[float]:
+    return F.cosine_similarity(left_WH, right_WH, dim=1).tolist()
 
 
-def train_one_epoch(steps: DeltaSTN, training: ImageBatches, held: Iterator, train_steps: int, done: int) -> int:
-    """With an outer step after every `train_steps` inner ones, of which `done` are done; how many are done then."""
-    for batch in training:
-        steps.inner_step(batch)
-        done += 1
-        if done % train_steps == 0:
-            steps.outer_step(next(held))
-    return done
+def measure(setting: Setting, seeds: int, step: float, window: int, folder: Path, console: Console) -> Findings:
+    """All runs that are not done, and what they say."""
+    names = setting.wrapped(0).hparams.names
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+
+    def windows(epochs: Tensor, axis: int) -> Tensor:
+        return epochs.unflatten(axis, (setting.epochs // window, window)).mean(axis + 1)
+
+    with Progress(*columns, console=console) as progress:
+        line = progress.add_task("retrained runs", total=seeds * len(names) * 2)
+        differences_SHE = torch.zeros(seeds, len(names), setting.epochs)
+        for seed in range(seeds):
+            for index, name in enumerate(names):
+                for sign, word in ((1, "above"), (-1, "below")):
+                    run = partial(retrained, setting, 1 + seed, index, sign * step)
+                    losses = kept(folder / "retrained" / f"{name}-{word}-{seed}.json", run)
+                    differences_SHE[seed, index] += sign * torch.tensor(losses) / (2 * step)
+                    progress.advance(line)
+        line = progress.add_task("responses", total=len(WAYS) * RESPONSES)
+        predicted = {}
+        for way, settings in WAYS.items():
+            found = []
+            for seed in range(RESPONSES):
+                run = partial(responded, setting, settings, seed)
+                found.append(kept(folder / "responses" / f"{way}-{seed}.json", run))
+                progress.advance(line)
+            predicted[way] = windows(torch.tensor(found), 1)
+    return Findings(list(names), windows(differences_SHE.transpose(1, 2), 1), predicted)
 
 
-def without_end(batches: ImageBatches) -> Iterator:
-    """The batches again and again, each time in another order."""
-    while True:
-        yield from batches
+def table(findings: Findings, window: int) -> Table:
+    """Cosines by windows, means of the responses of a way."""
+    shown = Table(title="cosine of hypergradient and retrained differences", title_justify="left")
+    for column in ("way", "median", *(f"to {(w + 1) * window}" for w in range(findings.differences_SWH.shape[1]))):
+        shown.add_column(column, justify="left" if column == "way" else "right")
+    halves = findings.between_halves()
+    shown.add_row("differences among themselves", *(f"{c:.2f}" for c in (statistics.median(halves), *halves)))
+    for way in findings.predicted_RWH:
+        cosines = findings.cosines(way)
+        median = statistics.median(cosine for each in cosines for cosine in each)
+        means = [statistics.fmean(each) for each in zip(*cosines, strict=True)]
+        shown.add_row(way, *(f"{c:.2f}" for c in (median, *means)))
+    return shown
 
 
 def main() -> None:
-    """Train, look, print."""
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits", help="as for stn-fx tune --data")
-    parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--looks", type=int, default=6, help="looks, evenly over the epochs")
-    parser.add_argument("--retrain", type=int, default=15, help="epochs of each run of a pair")
-    parser.add_argument("--seeds", type=int, default=16, help="pairs for each hyperparameter")
+    parser.add_argument("--examples", type=int, default=15_000, help="two fifths of them for validation")
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--window", type=int, default=5, help="epochs that a mean is over")
+    parser.add_argument("--seeds", type=int, default=8, help="pairs for each hyperparameter")
     parser.add_argument("--step", type=float, default=0.7, help="of the raw hyperparameters")
     parser.add_argument("--rate", type=float, default=0.03, help="learning rate of the weights")
-    parser.add_argument("--train-steps", type=int, default=5, help="inner steps for each outer step")
-    parser.add_argument("--out", type=Path, help="CSV file")
+    parser.add_argument("--out", type=Path, required=True, help="folder of all runs")
     options = parser.parse_args()
+    if options.epochs % options.window:
+        parser.error("--epochs must be a multiple of --window")
     torch.set_num_threads(1)
     source = load_images(options.data)
-    setting = Setting(split_images(source.train, source.test, source.classes, VALID_FRACTION), options.rate)
-    sgd = setting.optimizer()
-    hyper = partial(RMSprop, lr=HYPER_RATE)
-    steps = DeltaSTN(setting.wrapped(1), base_optimizer=sgd, response_optimizer=sgd, hyper_optimizer=hyper)
-    retraining = Retraining(setting, options.retrain)
-    training, held = setting.batches("train", BATCH_SIZE, 0), without_end(setting.batches("valid", BATCH_SIZE, 0))
-    epochs = [options.epochs * (number + 1) // options.looks for number in range(options.looks)]
-    looks: list[Look] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns) as progress:
-        pairs = len(steps.stn.hparams) * options.seeds
-        line, done = progress.add_task("pairs of runs", total=len(epochs) * pairs), 0
-        for epoch in range(1, options.epochs + 1):
-            done = train_one_epoch(steps, training, held, options.train_steps, done)
-            if epoch in epochs:
-                tick = partial(progress.advance, line)
-                looks.append(look(steps, setting, retraining, epoch, options.seeds, options.step, tick))
-                progress.console.print(
-                    f"epoch {epoch}: cosine {looks[-1].cosine:.2f}, between halves {looks[-1].between_halves:.2f}"
-                )
-    if options.out:
-        rows = [row for each in looks for row in each.rows()]
-        with options.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-    for name in ("cosine", "between_halves"):
-        print(f"median {name.replace('_', ' ')}: {statistics.median(getattr(each, name) for each in looks):.2f}")
+    examples = min(options.examples, len(source.train))
+    splits = split_images(source.train, source.test, source.classes, VALID_FRACTION, examples)
+    console = Console()
+    setting = Setting(splits, options.rate, options.epochs)
+    findings = measure(setting, options.seeds, options.step, options.window, options.out, console)
+    rows = findings.rows(options.window)
+    with (options.out / "hypergradient_accuracy.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    console.print(table(findings, options.window))
 
 
 if __name__ == "__main__":
