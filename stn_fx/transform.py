@@ -15,7 +15,7 @@ from stn_fx.augment.image_format import ImageFormat
 from stn_fx.compiler.capture import CapturedGraph
 from stn_fx.compiler.casts import ambient_autocast, without_autocast
 from stn_fx.compiler.finalize import Finalized, write_rates
-from stn_fx.compiler.pipeline import BatchAxis, CompiledModel, compile_model, state_tensors
+from stn_fx.compiler.pipeline import BatchAxis, CompiledModel, compile_model, constants_fit, state_tensors
 from stn_fx.compiler.report import Report
 from stn_fx.compiler.responses import build_responses, part_shapes, planned_shapes
 from stn_fx.compiler.signature import changed_settings, input_signature, module_signature, training_flags
@@ -468,6 +468,7 @@ class SelfTuningModule(nn.Module):
         flags = training_flags(self.model) if self.training else None
         for index, capture in enumerate(self._captures):
             fits = capture.signature == (input_signature(args, kwargs, capture.batch_axes), surroundings)
+            fits = fits and constants_fit(self.model, capture.compiled.captured)
             if fits and flags in (None, capture.training_flags):
                 if index:
                     self._captures.insert(0, self._captures.pop(index))

@@ -232,6 +232,34 @@ def test_settings_of_any_kind_are_not_baked_in(change) -> None:
     torch.testing.assert_close(stn(x), model(x))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(m.inner, "shift", torch.full((3,), 5.0)),
+        lambda m: setattr(m.inner, "shift", torch.full((1,), 5.0)),
+        lambda m: m.inner.shift.add_(1.0),
+    ],
+    ids=["another", "of another shape", "in place"],
+)
+def test_a_tensor_that_is_a_plain_attribute_is_read_where_it_is(change) -> None:
+    class Shift(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = torch.zeros(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.shift + torch.tensor([1.0, 2.0, 3.0])
+
+    model, x = nn.Sequential(), torch.randn(4, 3)
+    model.add_module("linear", nn.Linear(3, 3))
+    model.add_module("inner", Shift())
+    stn = stn_fx.transform(model, "weight_decay", (x,)).train()
+    for _ in range(2):
+        for output in (stn(x), stn.respond(x), stn.linearize(x)[0]):
+            torch.testing.assert_close(output, model(x))
+        change(model)
+
+
 class Kind(Enum):
     POSITIVE = 1
     NEGATIVE = 2

@@ -142,12 +142,28 @@ def canonical_names(model: nn.Module) -> dict[str, str]:
 
 
 def state_tensors(model: nn.Module, captured: CapturedModel) -> dict[str, Tensor]:
-    """Live parameters, buffers and captured constants by qualified name."""
+    """Live parameters, buffers and constants by qualified name."""
     return {
-        **captured.constants,
+        **{name: _live_constant(model, name, tensor) for name, tensor in captured.constants.items()},
         **dict(model.named_buffers(remove_duplicate=False)),
         **dict(model.named_parameters(remove_duplicate=False)),
     }
+
+
+def constants_fit(model: nn.Module, captured: CapturedModel) -> bool:
+    """Whether plain tensor attributes still have the shapes and dtypes that they were captured with."""
+    pairs = ((_live_constant(model, name, tensor), tensor) for name, tensor in captured.constants.items())
+    return all(live.shape == tensor.shape and live.dtype == tensor.dtype for live, tensor in pairs)
+
+
+def _live_constant(model: nn.Module, name: str, captured: Tensor) -> Tensor:
+    """What is now at the attribute of a captured tensor; a literal in the code has no attribute."""
+    path, _, attribute = name.rpartition(".")
+    owner: Any = model
+    for part in path.split(".") if path else ():
+        owner = getattr(owner, part, None)
+    live = getattr(owner, attribute, None)
+    return live if isinstance(live, Tensor) else captured
 
 
 def _analyse(
