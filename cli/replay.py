@@ -11,6 +11,7 @@ from stn_fx.bilevel.live_progress import LiveProgress
 from stn_fx.bilevel.recorded_run import RecordedRun, read_run
 from stn_fx.bilevel.records import SchedulePoint
 from stn_fx.bilevel.replay import FollowSchedule
+from stn_fx.bilevel.run_folder import RunFolder
 
 from .tables import replay_table, write_comparison
 from .tune_options import TuneOptions
@@ -23,13 +24,17 @@ class Way(StrEnum):
     SCHEDULE = "schedule"
     FINAL = "final"
     START = "start"
+    PERTURBED = "perturbed"
 
 
 def replay(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, as `stn-fx tune` printed it.")],
     along: Annotated[
         list[Way] | None,
-        typer.Option(help="Follow the whole schedule, or hold its final or start values; repeatable. All by default."),
+        typer.Option(
+            help="Follow the whole schedule, or hold its final or start values, or the final ones with "
+            "noise of their scales; repeatable. All by default."
+        ),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Of weights, data order and masks; else that of the run.")
@@ -41,17 +46,20 @@ def replay(
     values at the start.
     """
     console, recorded, options = Console(), read_run(run), TuneOptions.read(run)
+    seed = options.seed if seed is None else seed
     task, recipe = image_task(console, options), options.recipe()
     runs = {}
     for way in along or list(Way):
-        callbacks = [LiveProgress(console, way), FollowSchedule(points(recorded, way))]
-        runs[str(way)] = task.fixed(recipe, options.seed if seed is None else seed, callbacks)
+        following = FollowSchedule(points(recorded, way), perturbed=way is Way.PERTURBED, seed=seed)
+        place = run / "replay" / way
+        callbacks = [LiveProgress(console, way), following, RunFolder(place, overwrite=True)]
+        runs[str(way)] = task.fixed(recipe, seed, callbacks)
     console.print(replay_table(runs, options.epochs))
     write_comparison(run / "replay.csv", runs)
-    console.print(f"Written to {run / 'replay.csv'}")
+    console.print(f"Written to {run / 'replay.csv'}, weights and losses to {run / 'replay'}", soft_wrap=True)
 
 
 def points(recorded: RecordedRun, way: Way) -> list[SchedulePoint]:
     """The part of the schedule to follow."""
     schedule = recorded.result.schedule
-    return {Way.SCHEDULE: schedule, Way.FINAL: schedule[-1:], Way.START: schedule[:1]}[way]
+    return {Way.SCHEDULE: schedule, Way.START: schedule[:1]}.get(way, schedule[-1:])

@@ -8,16 +8,20 @@ from torch import nn
 from torch.optim import SGD
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
+    Dataset,
+    IterableDataset,
     SequentialSampler,
     Subset,
     SubsetRandomSampler,
     TensorDataset,
+    WeightedRandomSampler,
     random_split,
 )
 
 import stn_fx
-from stn_fx.bilevel import STN, BilevelTrainer, Linearized
+from stn_fx.bilevel import STN, BilevelTrainer, Checkpoint, LearningRateSchedule, Linearized, Objective
 from stn_fx.errors import InputError, UnknownHyperparameterError
 
 TRAIN, VALID = classification_batches(0), classification_batches(1)
@@ -53,6 +57,24 @@ def halves(overlap):
     return Subset(DATA, range(40 + overlap)), Subset(DATA, range(40, 64))
 
 
+class Changed(Dataset):
+    """Another data set's examples, changed one by one."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        x, y = self.dataset[index]
+        return 2 * x, y
+
+
+HALF = [1.0] * 41 + [0.0] * 23
+"""Chances of each example: the last ones are never drawn."""
+
+
 @pytest.mark.parametrize(
     ("train", "valid", "common"),
     [
@@ -60,7 +82,12 @@ def halves(overlap):
         (DataLoader(DATA, 16), DataLoader(TensorDataset(X, Y), 16), "64 of 64"),
         (*(DataLoader(each, 16) for each in halves(3)), "3 of 24"),
         (DataLoader(Subset(Subset(DATA, range(50)), range(10)), 5), DataLoader(Subset(DATA, [2, 60]), 2), "1 of 2"),
-        (TRAIN, TRAIN[1:2], "1 of 1"),
+        (TRAIN, TRAIN[1:2], "16 of 16"),
+        (TRAIN, [tuple(x[:4] for x in TRAIN[1])], "4 of 4"),
+        (DataLoader(ConcatDataset([DATA, TensorDataset(X + 1, Y)]), 16), DataLoader(DATA, 16), "64 of 64"),
+        (DataLoader(Changed(DATA), 16), DataLoader(Subset(Changed(DATA), range(9)), 9), "9 of 9"),
+        (DataLoader(TensorDataset(X[:40], Y[:40]), 8), DataLoader(TensorDataset(X[30:], Y[30:]), 8), "10 of 34"),
+        (DataLoader(DATA, 8, sampler=WeightedRandomSampler(HALF, 32)), DataLoader(halves(1)[1], 8), "1 of 24"),
         (
             DataLoader(DATA, 8, sampler=SubsetRandomSampler(range(33))),
             DataLoader(DATA, 8, sampler=SubsetRandomSampler(range(32, 64))),
@@ -79,6 +106,8 @@ def test_validation_examples_that_are_trained_on_are_refused(train, valid, commo
         halves(0),
         random_split(DATA, [0.7, 0.3], generator=torch.Generator().manual_seed(0)),
         (TensorDataset(X[:40], Y[:40]), TensorDataset(X[40:], Y[40:])),
+        (Subset(Changed(DATA), range(40)), Changed(Subset(DATA, range(40, 64)))),
+        (ConcatDataset([Subset(DATA, range(20)), Subset(DATA, range(30, 64))]), Subset(DATA, range(20, 30))),
     ],
 )
 def test_parts_without_overlap_pass(parts):
@@ -92,6 +121,14 @@ def test_parts_without_overlap_pass(parts):
         (lambda output, target: 1.0, "returned a float"),
         (lambda output, target: output.detach().sum(1), "training loss does not depend on the model's output"),
         (lambda output, target: (output.argmax(1) != target).double(), "does not depend"),
+        (lambda output, target: torch.ones((), requires_grad=True) * target.sum(), "training loss does not depend"),
+        (
+            Objective(
+                train=lambda output, batch, _: F.cross_entropy(output, batch[1]),
+                valid=lambda output, batch, _: torch.ones((), requires_grad=True) * batch[1].sum(),
+            ),
+            "validation loss does not depend",
+        ),
     ],
 )
 def test_losses_that_cannot_be_learned_from_are_refused(loss, message):
@@ -122,6 +159,50 @@ def test_a_loss_beside_an_algorithm_is_refused():
         BilevelTrainer(stn, F.cross_entropy, train=TRAIN, valid=VALID, algorithm=stn_fx.DeltaSTN(stn))
     with pytest.raises(InputError, match="STN learns base and response in one step"):
         STN(stn, response_step=Linearized())
+
+
+class Once:
+    """Has batches in its first passes only, as a loader over a generator has."""
+
+    def __init__(self, batches, passes):
+        self.batches, self.left = batches, passes
+
+    def __iter__(self):
+        self.left -= 1
+        return iter(self.batches if self.left >= 0 else [])
+
+
+def test_a_training_loader_that_runs_dry_is_refused():
+    trainer = BilevelTrainer(FakeSelfTuningModule(nn.Linear(8, 3).double()), train=Once(TRAIN, 2), valid=VALID)
+    with pytest.raises(InputError, match="training loader had batches in its first pass and none in pass 2"):
+        trainer.fit(3, warmup_epochs=1)  # a batch of one pass is looked at before
+
+
+class Stream(IterableDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return (DATA[row] for row in self.rows)
+
+
+def test_loaders_that_do_not_know_their_length(tmp_path):
+    train, valid = (DataLoader(Stream(rows), 8) for rows in (range(32), range(32, 64)))
+    stn = FakeSelfTuningModule(nn.Linear(8, 3, dtype=torch.float64), "weight_decay")
+    result = BilevelTrainer(stn, train=train, valid=valid).fit(
+        2, warmup_epochs=1, train_steps=2, callbacks=[Checkpoint(tmp_path)]
+    )
+    assert [record.inner_step for record in result.history] == [4, 8]
+    with pytest.raises(InputError, match="has no length"):
+        BilevelTrainer(stn, train=train, valid=valid).fit(2, callbacks=[LearningRateSchedule()])
+
+
+def test_a_parameter_that_was_replaced_is_noticed_before_training():
+    stn = FakeSelfTuningModule(nn.Linear(8, 3, dtype=torch.float64), "weight_decay")
+    trainer = BilevelTrainer(stn, train=TRAIN, valid=VALID)
+    stn.model.weight = nn.Parameter(stn.model.weight.detach().clone())
+    with pytest.raises(InputError, match="base optimizer does not fit the model: 1 of 2"):
+        trainer.fit(2)
 
 
 @pytest.mark.parametrize("loaders", [{"train": []}, {"valid": []}])

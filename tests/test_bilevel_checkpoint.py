@@ -12,11 +12,23 @@ from pathlib import Path
 import pytest
 import resumable_run
 import torch
+import torch.nn.functional as F
 from bilevel_fake import FakeSelfTuningModule, classification_batches
 from torch import nn
 from torch.optim import SGD, Adam
+from torch.utils.data import DataLoader, TensorDataset
 
-from stn_fx.bilevel import BilevelTrainer, Callback, Checkpoint, FixedHyperparameters, KeepBest, Linearized, Terminated
+from stn_fx.bilevel import (
+    BilevelTrainer,
+    Callback,
+    Checkpoint,
+    FixedHyperparameters,
+    KeepBest,
+    Linearized,
+    PerBatch,
+    Terminated,
+    UpdateOptions,
+)
 from stn_fx.bilevel.checkpoint_file import checkpoints_in, read_checkpoint, require_plain, write_checkpoint
 from stn_fx.bilevel.generators import Generators, generators_in
 from stn_fx.bilevel.reader import BatchReader
@@ -132,9 +144,18 @@ def test_a_second_ctrl_c_acts_at_once():
     assert callback.reached
 
 
-def fake_trainer(hparams="weight_decay,label_smoothing", outputs=3, algorithm=None, **options):
+def summed(output, target):
+    return 2 * F.cross_entropy(output, target)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def fake_trainer(hparams="weight_decay,label_smoothing", outputs=3, algorithm=None, layer=nn.Linear, **options):
     torch.manual_seed(0)
-    stn = FakeSelfTuningModule(nn.Linear(8, outputs, dtype=torch.float64), hparams)
+    stn = FakeSelfTuningModule(layer(8, outputs, dtype=torch.float64), hparams)
     return BilevelTrainer(stn, train=TRAIN, valid=VALID, algorithm=algorithm and algorithm(stn), **options)
 
 
@@ -146,6 +167,21 @@ def test_the_last_checkpoints_are_kept_and_nothing_else(tmp_path):
         fake_trainer().fit(2, callbacks=[Checkpoint(tmp_path)])
     fake_trainer().fit(2, callbacks=[Checkpoint(tmp_path, overwrite=True)])
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{4 * e:010d}.pt" for e in (1, 2)]
+
+
+def test_resuming_an_earlier_checkpoint_does_anew_what_came_after_it(tmp_path):
+    whole = fake_trainer().fit(5, callbacks=[Checkpoint(tmp_path, keep=4)])
+    early = tmp_path / "step-0000000008.pt"
+    again = fake_trainer().fit(5, callbacks=[Checkpoint(tmp_path, keep=4)], resume_from=early)
+    assert again.schedule == whole.schedule
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [f"step-{4 * e:010d}.pt" for e in (2, 3, 4, 5)]
+
+
+def test_persistent_workers_are_told_to_keep_what_they_draw(tmp_path):
+    trainer = fake_trainer()
+    trainer.train = DataLoader(TensorDataset(*TRAIN[0]), 8, num_workers=1, persistent_workers=True)
+    with pytest.warns(UserWarning, match="training loader has persistent workers.*persistent_workers=False"):
+        trainer.fit(1, warmup_epochs=0, train_steps=1, callbacks=[Checkpoint(tmp_path)])
 
 
 def test_a_finished_run_resumes_to_its_end(tmp_path):
@@ -161,9 +197,23 @@ def test_a_finished_run_resumes_to_its_end(tmp_path):
         ({"outputs": 4}, {}, ["tensor model.weight is float64 [3, 8] in the checkpoint and float64 [4, 8] here"]),
         ({"hparams": "weight_decay"}, {}, ["only in the checkpoint: hyperparameter label_smoothing"]),
         ({"hparams": "weight_decay(high=0.5),label_smoothing"}, {}, ["weight_decay high is 1.0", "and 0.5 here"]),
-        ({"base_optimizer": partial(Adam, lr=1e-3)}, {}, ["optimizer base is SGD in the checkpoint and Adam here"]),
-        ({"algorithm": FixedHyperparameters}, {}, ["algorithm is DeltaSTN", "only in the checkpoint: optimizer hyper"]),
+        (
+            {"base_optimizer": partial(Adam, lr=1e-3)},
+            {},
+            ["base class is SGD in the checkpoint and Adam here"],
+        ),
+        (
+            {"algorithm": FixedHyperparameters},
+            {},
+            ["class is DeltaSTN", "only in the checkpoint: optimizer hyper"],
+        ),
         ({"response_step": Linearized(antithetic=False)}, {}, ["EveryKth(Linearized(antithetic=True), 2)"]),
+        ({"sampling": PerBatch()}, {}, ["sampling is PerExample() in the checkpoint and PerBatch() here"]),
+        ({"updates": UpdateOptions(clip_norm=1.0)}, {}, ["clip_norm=None", "clip_norm=1.0"]),
+        ({"entropy_weight": 0.5}, {}, ["entropy weight is 0.001 in the checkpoint and 0.5 here"]),
+        ({"base_optimizer": partial(SGD, lr=0.5)}, {}, ["optimizer base lr is 0.01 in the checkpoint and 0.5 here"]),
+        ({"loss": summed}, {}, ["algorithm loss is cross_entropy in the checkpoint and summed here"]),
+        ({"layer": Scaled}, {}, ["module model is Linear in the checkpoint and Scaled here"]),
         ({}, {"epochs": 5, "warmup_epochs": 2}, ["epochs is 3 in", "and 5 here", "warmup_epochs is 1"]),
         ({}, {"callbacks": [KeepBest()]}, ["callback is [] in the checkpoint and ['KeepBest'] here"]),
     ],

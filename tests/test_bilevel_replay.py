@@ -51,6 +51,37 @@ def test_values_at_a_bound_are_followed(run):
     make_trainer(FixedHyperparameters).fit(1, callbacks=[FollowSchedule([point]), AtBound()])
 
 
+def test_values_close_to_a_bound_and_without_one_are_followed_exactly(run):
+    point = read_run(run).result.schedule[-1]
+    point.values["weight_decay"] = 1e-7
+    trainer = make_trainer(FixedHyperparameters, "weight_decay(high=inf),label_smoothing")
+    trainer.fit(1, callbacks=[FollowSchedule([point])])
+    assert trainer.stn.hparams.values() == pytest.approx(point.values, rel=1e-6)
+
+
+def test_perturbed_values_lie_around_those_of_the_schedule(run):
+    class Raw(Callback):
+        def __init__(self):
+            self.seen = []
+
+        def inner_step_ended(self, trainer, epoch, record):
+            self.seen.append(trainer.stn.hparams.raw.detach().clone())
+
+    point, found = read_run(run).result.schedule[-1], []
+    for seed in (0, 0, 1):
+        trainer, raw = make_trainer(FixedHyperparameters), Raw()
+        trainer.fit(100, callbacks=[FollowSchedule([point], perturbed=True, seed=seed), raw])
+        found.append(torch.stack(raw.seen))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    space = make_trainer(FixedHyperparameters).stn.hparams
+    space.set_values(point.values)
+    scale_H = torch.tensor([point.scales[name] for name in space.names], dtype=torch.float64)
+    z_H = (found[0].mean(0) - space.raw.detach()) / (scale_H / 400**0.5)
+    assert z_H.abs().max() < 4
+    torch.testing.assert_close(found[0].std(0), scale_H, rtol=0.2, atol=0)
+
+
 def test_a_schedule_that_does_not_fit_is_refused(run):
     schedule = read_run(run).result.schedule
     with pytest.raises(InputError, match="no point"):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from bilevel_fake import FakeSelfTuningModule, classification_batches
 from torch import nn
-from torch.optim.lr_scheduler import StepLR
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from stn_fx.bilevel import (
     BilevelTrainer,
@@ -17,6 +18,7 @@ from stn_fx.bilevel import (
     KeepBest,
     LearningRateSchedule,
     UpdateOptions,
+    WeightAverage,
     evaluate,
 )
 from stn_fx.errors import DivergedError, InputError
@@ -188,14 +190,15 @@ def rates(trainer):
     return {role: optimizer.param_groups[0]["lr"] for role, optimizer in trainer.algorithm.optimizers.items()}
 
 
+class Rates(Callback):
+    def __init__(self):
+        self.seen = []
+
+    def epoch_ended(self, trainer, record, result):
+        self.seen.append(rates(trainer))
+
+
 def test_a_cosine_schedule_takes_all_but_the_response_to_rest():
-    class Rates(Callback):
-        def __init__(self):
-            self.seen = []
-
-        def epoch_ended(self, trainer, record, result):
-            self.seen.append(rates(trainer))
-
     trainer, observer = make_trainer(), Rates()
     before = rates(trainer)
     trainer.fit(4, warmup_epochs=1, callbacks=[LearningRateSchedule(), observer])
@@ -209,14 +212,109 @@ def test_a_schedule_of_ones_own_and_no_followers():
     trainer = make_trainer()
     before = rates(trainer)
     halving = LearningRateSchedule(lambda optimizer, steps: StepLR(optimizer, steps // 2, 0.5), followers=())
-    trainer.fit(2, warmup_epochs=1, callbacks=[halving])
-    assert rates(trainer) == before | {"base": pytest.approx(before["base"] / 4)}
+    observer = Rates()
+    trainer.fit(2, warmup_epochs=1, callbacks=[halving, observer])
+    assert observer.seen[-1] == before | {"base": pytest.approx(before["base"] / 4)}
 
 
 def test_a_baseline_follows_the_same_schedule():
-    trainer = make_trainer(FixedHyperparameters)
-    trainer.fit(2, callbacks=[LearningRateSchedule()])
-    assert rates(trainer) == {"base": pytest.approx(0, abs=1e-12)}
+    trainer, observer = make_trainer(FixedHyperparameters), Rates()
+    trainer.fit(2, callbacks=[LearningRateSchedule(), observer])
+    assert observer.seen[-1] == {"base": pytest.approx(0, abs=1e-12)}
+
+
+def test_another_fit_begins_its_schedule_anew():
+    trainer, observers = make_trainer(), [Rates(), Rates()]
+    before = rates(trainer)
+    for observer in observers:
+        trainer.fit(3, warmup_epochs=1, callbacks=[LearningRateSchedule(), observer])
+        assert rates(trainer) == before
+    assert observers[0].seen == observers[1].seen
+
+
+def test_a_scheduler_that_follows_a_loss_is_refused():
+    plateau = LearningRateSchedule(lambda optimizer, steps: ReduceLROnPlateau(optimizer))
+    with pytest.raises(InputError, match="ReduceLROnPlateau follows a loss"):
+        make_trainer().fit(2, callbacks=[plateau])
+
+
+class Held(Dataset):
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        return VALID[0][0][index % 16], VALID[0][1][index % 16]
+
+
+class Watch(Callback):
+    """First example of every validation batch that outer steps saw, without looking into the trainer."""
+
+    def __init__(self, trainer):
+        self.seen = []
+        step = trainer.algorithm.outer_step
+
+        def watched(content):
+            self.seen.append(content[0][0].tolist())
+            return step(content)
+
+        trainer.algorithm.outer_step = watched
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_evaluation_does_not_disturb_the_pass_of_the_outer_steps(persistent):
+    """With persistent workers a DataLoader has one iterator, which evaluation would begin anew."""
+    trainer = make_trainer()
+    trainer.valid = DataLoader(Held(), 2, num_workers=1, persistent_workers=persistent)
+    watch = Watch(trainer)
+    trainer.fit(6, warmup_epochs=0, train_steps=2, measure_trust=False)
+    first = [Held()[index][0].tolist() for index in range(0, 20, 2)]
+    assert watch.seen == [first[step % 10] for step in range(12)]
+
+
+def test_evaluations_draw_nothing_from_the_run():
+    class Evaluates(Callback):
+        def inner_step_ended(self, trainer, epoch, record):
+            trainer.evaluate(trainer.valid)
+
+    results = []
+    for callbacks in ([], [Evaluates()], [WeightAverage(0.9)]):
+        trainer = make_trainer()
+        trainer.valid = DataLoader(TensorDataset(*VALID[0]), 4, shuffle=True)
+        torch.manual_seed(1)
+        results.append(trainer.fit(3, warmup_epochs=1, train_steps=1, callbacks=callbacks).schedule)
+    assert results[0] == results[1] == results[2]
+
+
+def test_the_first_pass_is_that_of_a_plain_loop():
+    trainer, seen = make_trainer(), []
+    trainer.train = DataLoader(TensorDataset(*TRAIN[0]), 4, shuffle=True)
+    torch.manual_seed(2)
+    expected = [x.tolist() for x, _ in trainer.train]
+    step = trainer.algorithm.inner_step
+    trainer.algorithm.inner_step = lambda content: (seen.append(content[0].tolist()), step(content))[1]
+    torch.manual_seed(2)
+    trainer.fit(1, warmup_epochs=0, train_steps=1)
+    assert seen == expected
+
+
+def test_a_callback_that_fails_at_the_end_hides_neither_the_error_nor_the_others():
+    ended = []
+
+    class Fails(Callback):
+        def epoch_ended(self, trainer, record, result):
+            raise ZeroDivisionError
+
+        def fit_ended(self, trainer, result):
+            raise OSError("disk full")
+
+    class Ends(Callback):
+        def fit_ended(self, trainer, result):
+            ended.append(result)
+
+    with pytest.raises(OSError, match="disk full") as error:
+        make_trainer().fit(2, callbacks=[Ends(), Fails(), Ends()])
+    assert isinstance(error.value.__context__, ZeroDivisionError)
+    assert len(ended) == 2
 
 
 def test_a_schedule_needs_the_number_of_batches():

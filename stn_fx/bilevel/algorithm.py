@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from stn_fx.bilevel.apply import Outcome, UpdateOptions, Updater
 from stn_fx.bilevel.batch import Batch, batch_size
 from stn_fx.bilevel.objective import Loss, Objective, as_objective
-from stn_fx.bilevel.optimizers import OptimizerChoice, Role, resolve_optimizer
+from stn_fx.bilevel.optimizers import OptimizerChoice, Role, require_parameters, resolve_optimizer
 from stn_fx.bilevel.replicas import Replicas
 from stn_fx.errors import InputError, StnError
 
@@ -111,6 +111,7 @@ class Algorithm(ABC):
         self.updates = updates or UpdateOptions()
         self.replicas = Replicas()
         self.objective = as_objective(loss)
+        self._loss_name = _name(loss)
         self.optimizers: dict[Role, Optimizer] = {}
         self.updaters: dict[Role, Updater] = {}
         self._choices = choices
@@ -130,9 +131,15 @@ class Algorithm(ABC):
     def outer_step(self, content: Any) -> OuterRecord:
         """Update hyperparameters by one validation batch; raises as `inner_step` does."""
 
-    def description(self) -> str:
+    def description(self) -> dict[str, Any]:
         """What a checkpoint of its runs must agree on, for people to read."""
-        return type(self).__qualname__
+        return {"class": type(self).__qualname__, "loss": self._loss_name, "updates": str(self.updates)}
+
+    def require_own_parameters(self) -> None:
+        """InputError where an optimizer is not over the model's parameters any more, because one was replaced."""
+        parameters = self._parameters_by_role()
+        for role, optimizer in self.optimizers.items():
+            require_parameters(optimizer, role, parameters[role])
 
     @property
     def healthy(self) -> bool:
@@ -144,6 +151,7 @@ class Algorithm(ABC):
         return {
             "updaters": {role: updater.state_dict() for role, updater in self.updaters.items()},
             "perturbations": self.perturbations.get_state(),
+            "masks": [generator.get_state() for generator in self._masks()],
             "response_masks": [generator.get_state() for generator in self.response_masks.values()],
         }
 
@@ -152,8 +160,14 @@ class Algorithm(ABC):
         for role, updater in self.updaters.items():
             updater.load_state_dict(state["updaters"][role])
         self.perturbations.set_state(state["perturbations"])
+        for generator, its in zip(self._masks(), state["masks"], strict=True):
+            generator.set_state(its)
         for generator, its in zip(self.response_masks.values(), state["response_masks"], strict=True):
             generator.set_state(its)
+
+    def _masks(self) -> list[torch.Generator]:
+        """Those of the model's own masks, on its device and on the CPU."""
+        return [self.stn.generator(), self.stn.generator("cpu")]
 
     def precision(self) -> AbstractContextManager[Any]:
         """The context that a pass and its loss are computed in."""
@@ -166,18 +180,14 @@ class Algorithm(ABC):
             self.stn.compile_for(batch.inputs)
         if not self.optimizers:
             self._build_optimizers()
+        elif self.perturbations.device.type != self.stn.generator().device.type:
+            self._begin_randomness()  # the model has moved since
         rows = self.replicas.rows(batch_size(self.stn, batch), device_of(self.stn))
         return replace(batch, rows=rows)
 
     def _build_optimizers(self) -> None:
-        hparams = self.stn.hparams
-        parameters: dict[Role, list[nn.Parameter]] = {
-            "base": list(self.stn.base_parameters()),
-            "response": list(self.stn.response_parameters()),
-            "hyper": [hparams.raw],
-            "scale": [hparams.raw_scale],
-        }
-        decay_is_tuned = any(each.entry == "weight_decay" for each in hparams.resolved)
+        parameters = self._parameters_by_role()
+        decay_is_tuned = any(each.entry == "weight_decay" for each in self.stn.hparams.resolved)
         self.optimizers = {
             role: resolve_optimizer(choice, role, parameters[role], decay_is_tuned)
             for role, choice in self._choices.items()
@@ -192,6 +202,15 @@ class Algorithm(ABC):
             self.updaters["hyper"] = Updater(outer, "hyper and scale", skip_limit=limit, replicas=replicas)
         self._begin_randomness()
 
+    def _parameters_by_role(self) -> dict[Role, list[nn.Parameter]]:
+        hparams = self.stn.hparams
+        return {
+            "base": list(self.stn.base_parameters()),
+            "response": list(self.stn.response_parameters()),
+            "hyper": [hparams.raw],
+            "scale": [hparams.raw_scale],
+        }
+
     def _begin_randomness(self) -> None:
         """Perturbations from a generator of their own, the same in every process; masks differ between processes."""
         masks = self.stn.generator()
@@ -205,6 +224,13 @@ class Algorithm(ABC):
             for place in (masks.device, torch.device("cpu"))
         }
         self.replicas.broadcast([*self.stn.parameters(), *self.stn.model.buffers()])
+
+
+def _name(loss: Any) -> str:
+    """What tells two losses apart, without addresses in memory."""
+    if isinstance(loss, Objective):
+        return f"Objective({_name(loss.train)}, {_name(loss.valid) if loss.valid else 'the same'})"
+    return getattr(loss, "__qualname__", type(loss).__qualname__)
 
 
 def is_captured(stn: "SelfTuningModule") -> bool:

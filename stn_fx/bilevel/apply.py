@@ -59,11 +59,13 @@ class Outcome:
 
     Attributes:
         loss: its value.
-        skipped: why it was not applied; None where it was (or waits for the others that it is averaged with).
+        skipped: why the update was not applied; None where it was (or waits for the losses that are averaged in it).
+        unusable: whether this loss, or the gradient of its update, was not finite.
     """
 
     loss: float
     skipped: str | None = None
+    unusable: bool = False
 
 
 class Updater:
@@ -145,9 +147,8 @@ class Updater:
             decay.add_gradient(factor, self.parameters)
         self._gathered += 1
         self._spoilt = self._spoilt or reason
-        if self._gathered == self.accumulate:
-            reason = self._step(what, value)
-        return Outcome(value, reason)
+        skipped = self._step(what, value) if self._gathered == self.accumulate else None
+        return Outcome(value, skipped, unusable=bool(reason or skipped))
 
     def _differentiate(self, loss: Tensor, what: str, factor: float, decay: Decay | None) -> float:
         """Add the gradient of one loss where it is finite with the decay; the value of both, read in one go."""

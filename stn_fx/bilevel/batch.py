@@ -76,11 +76,15 @@ def split(content: Any) -> tuple[Inputs, Any]:
 def to_device(content: Any, device: torch.device) -> Any:
     """The batch with every tensor on `device`; asynchronous where the memory is pinned.
 
-    Mappings of other packages (such as Hugging Face's BatchEncoding) become plain dicts.
+    Mappings of other packages (such as Hugging Face's BatchEncoding) become plain dicts, wherever they are.
     """
-    if isinstance(content, Mapping):
-        content = dict(content)
-    return tree_map(lambda x: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x, content)
+
+    def place(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return to_device(dict(value), device)
+        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+    return tree_map(place, content, is_leaf=lambda value: isinstance(value, Mapping) and type(value) is not dict)
 
 
 def leading_size(value: Any) -> int | None:

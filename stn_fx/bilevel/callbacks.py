@@ -44,6 +44,9 @@ class Callback:
 
     first_process_only = False
 
+    def check(self, trainer: "BilevelTrainer", result: FitResult) -> None:
+        """Raise where this callback cannot take part; write nothing yet, since another one may refuse too."""
+
     def fit_started(self, trainer: "BilevelTrainer", epochs: int, result: FitResult) -> None:
         """Before the first epoch; the model is captured, `result` grows during training."""
 

@@ -1,5 +1,6 @@
 """`Checkpoint`: the callback that saves a run while it goes on, so that it can be taken up where it was."""
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,21 +43,34 @@ class Checkpoint(Callback):
         self.overwrite = overwrite
         self._checked = False
 
-    def fit_started(self, trainer: "BilevelTrainer", epochs: int, result: FitResult) -> None:
-        self.folder = folder_of(self.folder, trainer.algorithm.replicas)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for half_written in self.folder.glob(".step-*.pt"):
-            half_written.unlink()
-        found = checkpoints_in(self.folder)
-        if not found or result.resumed_at:
-            return
-        if not self.overwrite:
+    def check(self, trainer: "BilevelTrainer", result: FitResult) -> None:
+        place = folder_of(self.folder, trainer.algorithm.replicas)
+        if checkpoints_in(place) and not result.resumed_at and not self.overwrite:
             raise InputError(
-                f"{self.folder} holds checkpoints of a run already. Resume it with resume_from={str(self.folder)!r}, "
+                f"{place} holds checkpoints of a run already. Resume it with resume_from={str(place)!r}, "
                 f"choose another folder, or allow it to be overwritten."
             )
-        for path in found:
-            path.unlink()
+        for name, loader in (("training", trainer.train), ("validation", trainer.valid)):
+            if getattr(loader, "persistent_workers", False):
+                warnings.warn(
+                    f"The {name} loader has persistent workers, and what is drawn in them is not saved: where its data "
+                    f"set draws random numbers, a resumed run draws others than one that was not interrupted. With "
+                    f"persistent_workers=False both are the same.",
+                    stacklevel=4,
+                )
+
+    def fit_started(self, trainer: "BilevelTrainer", epochs: int, result: FitResult) -> None:
+        replicas = trainer.algorithm.replicas
+        self._place = folder_of(self.folder, replicas)
+        # Between two processes' writes of a step, the step before is the last that both have.
+        self._kept = max(self.keep, min(2, replicas.count))
+        self._place.mkdir(parents=True, exist_ok=True)
+        for half_written in self._place.glob(".step-*.pt"):
+            half_written.unlink()
+        resumed = checkpoint_path(self._place, result.resumed_at[-1]) if result.resumed_at else None
+        for path in checkpoints_in(self._place):
+            if resumed is None or path.name > resumed.name:  # of another run, or of what is done again
+                path.unlink()
 
     def safe_point(self, trainer: "BilevelTrainer", point: SafePoint) -> None:
         if not self._checked:  # what cannot be stored is told after the first step, not after the first epoch
@@ -64,6 +78,6 @@ class Checkpoint(Callback):
             self._checked = True
         due = self.every_steps is not None and point.inner_step % self.every_steps == 0
         if (due or point.epoch_ended or point.stopping) and point.healthy():
-            write_checkpoint(checkpoint_path(self.folder, point.inner_step), point.identity(), point.state())
-            for old in checkpoints_in(self.folder)[: -self.keep]:
+            write_checkpoint(checkpoint_path(self._place, point.inner_step), point.identity(), point.state())
+            for old in checkpoints_in(self._place)[: -self._kept]:
                 old.unlink()

@@ -4,11 +4,12 @@ It is measured when a batch is at hand, and kept as plain data: a run that is ta
 read the batches again that it has already trained on (an augmentation would come out differently).
 """
 
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from stn_fx.bilevel.algorithm import Algorithm
 from stn_fx.bilevel.generators import Generators
+from stn_fx.bilevel.reader import length_of
 from stn_fx.bilevel.trust import Trust
 from stn_fx.bilevel.trust_measurement import Measured, measure_hypergradients, measure_response, trust_of
 
@@ -38,7 +39,7 @@ class EpochTrust:
             taken: batches of this epoch up to it, itself included.
             step: inner steps done.
         """
-        if taken == (max(1, len(self.train) - 1) if isinstance(self.train, Sized) else 1):
+        if self.enabled and taken == max(1, (length_of(self.train) or 1) - 1):
             self._measure("response", measure_response, content, step)
 
     def before_outer_step(self, content: Any, step: int) -> None:
@@ -55,8 +56,5 @@ class EpochTrust:
     def _measure(self, what: str, how: Callable[[Algorithm, Any, int], Measured], content: Any, step: int) -> None:
         if not self.enabled or what in self.found:
             return
-        before = self.generators.state()
-        try:
+        with self.generators.untouched():
             self.found[what] = how(self.algorithm, content, step)
-        finally:
-            self.generators.restore(before)

@@ -8,6 +8,7 @@ loader, its sampler, its data set, its transforms).
 import random
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,15 @@ class Generators:
             for path, generator in generators_in(loader):
                 if path in saved:
                     _set(generator, saved[path])
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Whatever is drawn meanwhile, all generators are as before afterwards."""
+        before = self.state()
+        try:
+            yield
+        finally:
+            self.restore(before)
 
 
 def default_generators(device: torch.device) -> list[torch.Generator]:

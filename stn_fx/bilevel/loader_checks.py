@@ -1,5 +1,6 @@
 """What loaders and loss must satisfy, found out on one batch of each before any training time is spent."""
 
+from bisect import bisect_right
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     DistributedSampler,
     RandomSampler,
@@ -15,12 +17,14 @@ from torch.utils.data import (
     Subset,
     SubsetRandomSampler,
     TensorDataset,
+    WeightedRandomSampler,
 )
 
 from stn_fx.bilevel.algorithm import evaluation_mode, training_mode
 from stn_fx.bilevel.batch import Batch, Inputs
 from stn_fx.bilevel.objective import Objective
-from stn_fx.bilevel.updates import linearized_loss, validation_loss
+from stn_fx.bilevel.reader import sampler_of
+from stn_fx.bilevel.updates import linearized_loss, response_loss
 from stn_fx.errors import InputError
 
 if TYPE_CHECKING:
@@ -53,7 +57,7 @@ def require_no_overlap(train: Any, valid: Any) -> None:
     common = len(ours & theirs)
     if common:
         raise InputError(
-            f"{common} of {len(theirs)} validation examples (of lists: batches) are in the training loader too. "
+            f"{common} of {len(theirs)} validation examples are in the training loader too. "
             f"Hyperparameters that are tuned on training data switch all regularization off. Hold them out, for "
             f"example with torch.utils.data.random_split."
         )
@@ -70,9 +74,14 @@ def require_usable_losses(stn: "SelfTuningModule", objective: Objective, train: 
         raw_BH = stn.hparams.raw.detach().expand(size, -1)
         losses = {"training loss": linearized_loss(stn, objective, train, raw_BH)}
     with evaluation_mode(stn), torch.enable_grad():
-        losses["validation loss"] = validation_loss(stn, objective, valid)
+        losses["validation loss"] = response_loss(stn, objective, valid)
+    responses = [parameter for parameter in stn.response_parameters() if parameter.requires_grad]
     for name, loss in losses.items():
-        if not loss.requires_grad:
+        # The response reaches a loss through the model's output alone; a penalty on weights would not depend on it.
+        reached = loss.requires_grad and (
+            not responses or any(each is not None for each in torch.autograd.grad(loss, responses, allow_unused=True))
+        )
+        if not reached:
             raise InputError(
                 f"The {name} does not depend on the model's output in a differentiable way (detached, converted, or "
                 f"made of integers?), so there is nothing to learn from. Compute it from the output with torch "
@@ -95,8 +104,8 @@ def _examples(loader: Any) -> Examples | None:
     """Identities of all examples of a loader; None where they cannot be known without reading it."""
     if isinstance(loader, DataLoader):
         return _loader_examples(loader)
-    if isinstance(loader, (list, tuple)):  # batches in memory: the tensors themselves are their identity
-        return {(_storage(leaf), 0) for leaf in _first_tensors(loader)}
+    if isinstance(loader, (list, tuple)):  # batches in memory
+        return set().union(*(_rows(leaf, range(len(leaf))) for leaf in _first_tensors(loader)))
     return None
 
 
@@ -105,13 +114,13 @@ def _loader_examples(loader: "DataLoader[Any]") -> Examples | None:
         count = len(loader.dataset)  # type: ignore[arg-type]
     except TypeError:
         return None
-    sampler = loader.sampler
-    if loader.batch_sampler is not None:
-        if type(loader.batch_sampler) is not BatchSampler:
-            return None  # it chooses the examples by itself
-        sampler = loader.batch_sampler.sampler  # that of a loader which was given the batch sampler is never used
+    if loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler:
+        return None  # it chooses the examples by itself
+    sampler = sampler_of(loader)
     if isinstance(sampler, SubsetRandomSampler):
         indices: Sequence[int] = [int(index) for index in sampler.indices]
+    elif isinstance(sampler, WeightedRandomSampler):
+        indices = sampler.weights.nonzero().flatten().tolist()
     elif isinstance(sampler, (SequentialSampler, RandomSampler, DistributedSampler)):
         indices = range(count)
     else:
@@ -121,19 +130,37 @@ def _loader_examples(loader: "DataLoader[Any]") -> Examples | None:
 
 def _located(dataset: Any, indices: Sequence[int]) -> Examples:
     """Examples by the data set that holds them in the end and their place in it."""
-    while isinstance(dataset, Subset):
-        indices = [dataset.indices[index] for index in indices]
+    while not isinstance(dataset, (ConcatDataset, TensorDataset)):
+        if isinstance(dataset, Subset):
+            indices = [dataset.indices[index] for index in indices]
+        elif not _is_wrapper(dataset):
+            return {(id(dataset), index) for index in indices}
         dataset = dataset.dataset
-    source: Hashable = id(dataset)
-    if isinstance(dataset, TensorDataset):  # two data sets over the same tensors hold the same examples
-        source = _storage(dataset.tensors[0])
-    return {(source, index) for index in indices}
+    if isinstance(dataset, TensorDataset):
+        return _rows(dataset.tensors[0], indices)
+    ends = dataset.cumulative_sizes
+    parts: list[list[int]] = [[] for _ in ends]
+    for index in indices:
+        part = bisect_right(ends, index)
+        parts[part].append(index - (ends[part - 1] if part else 0))
+    return set().union(*map(_located, dataset.datasets, parts))
+
+
+def _is_wrapper(dataset: Any) -> bool:
+    """Whether a data set seems to change the examples of another one, one by one, as a transform does."""
+    inner = getattr(dataset, "dataset", None)
+    try:
+        return inner is not None and len(inner) == len(dataset)
+    except TypeError:
+        return False
 
 
 def _first_tensors(batches: Sequence[Any]) -> list[Tensor]:
-    leaves = (next((x for x in tree_leaves(batch) if isinstance(x, Tensor)), None) for batch in batches)
+    leaves = (next((x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.ndim), None) for batch in batches)
     return [leaf for leaf in leaves if leaf is not None]
 
 
-def _storage(tensor: Tensor) -> Hashable:
-    return (str(tensor.device), tensor.data_ptr(), tuple(tensor.shape))
+def _rows(tensor: Tensor, indices: Sequence[int]) -> Examples:
+    """By their place in memory: slices of one tensor hold the same examples."""
+    bytes_per_row = tensor.stride(0) * tensor.element_size()
+    return {(str(tensor.device), tensor.data_ptr() + index * bytes_per_row) for index in indices}

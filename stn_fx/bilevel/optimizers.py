@@ -66,13 +66,14 @@ def resolve_optimizer(
             f"{role}_optimizer is a {type(choice).__name__}; pass a torch optimizer over {SOURCES[role]}, a factory "
             f"such as functools.partial(torch.optim.Adam, lr=1e-3), or None."
         )
-    _check_parameters(optimizer, role, trained)
+    require_parameters(optimizer, role, trained)
     _check_weight_decay(optimizer, role, decay_is_tuned)
     return optimizer
 
 
-def _check_parameters(optimizer: Optimizer, role: Role, trained: list[nn.Parameter]) -> None:
-    """Refuse stale, foreign and missing parameters: training would go on without a word and learn nothing."""
+def require_parameters(optimizer: Optimizer, role: Role, parameters: Iterable[nn.Parameter]) -> None:
+    """InputError for stale, foreign and missing parameters: training would go on without a word and learn nothing."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
     theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     ours = {id(parameter) for parameter in trained}
     foreign, missing = len(theirs - ours), len(ours - theirs)

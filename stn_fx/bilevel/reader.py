@@ -6,11 +6,41 @@ the number of batches taken are the position, and a pass is taken up by beginnin
 as many batches, without training on them.
 """
 
+import copy
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from torch.utils.data import DataLoader
+
 from stn_fx.bilevel.generators import Generators, State
 from stn_fx.errors import CheckpointError, InputError
+
+
+def length_of(loader: Any) -> int | None:
+    """Batches of one pass; None where the loader does not know, as a DataLoader of an IterableDataset."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+
+def beside_a_pass(loader: Iterable[Any]) -> Iterable[Any]:
+    """The loader for passes of its own while another one goes on.
+
+    With persistent workers a DataLoader has one iterator, and beginning a pass ends the one that is under way; its twin
+    has workers that end with their pass.
+    """
+    if not isinstance(loader, DataLoader) or not loader.persistent_workers:
+        return loader
+    twin = copy.copy(loader)
+    vars(twin).update(persistent_workers=False, _iterator=None)  # a DataLoader refuses to have them set
+    return twin
+
+
+def sampler_of(loader: Any) -> Any:
+    """What chooses the examples of a DataLoader; its attribute `sampler` is not used beside a batch sampler."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    return getattr(loader if batch_sampler is None else batch_sampler, "sampler", None)
 
 
 class BatchReader:
@@ -50,8 +80,18 @@ class BatchReader:
         """
         while True:
             yield from self.rest_of_pass()
-            if not self.taken:
-                raise InputError(f"The {self.name} loader is empty. Give it at least one batch (mind drop_last=True).")
+            self.require_batches()
+
+    def require_batches(self) -> None:
+        """InputError where the pass that has just ended had no batch."""
+        if self.taken:
+            return
+        if self.passes > 1:
+            raise InputError(
+                f"The {self.name} loader had batches in its first pass and none in pass {self.passes}: it can be read "
+                f"once only, as a generator. Give a loader that begins anew at every iter(), such as a DataLoader."
+            )
+        raise InputError(f"The {self.name} loader is empty. Give it at least one batch (mind drop_last=True).")
 
     def state(self) -> State:
         """The position, as plain data."""
@@ -82,10 +122,8 @@ class BatchReader:
     def _begin(self, began: State) -> None:
         self._began = began
         self.taken = 0
-        sampler: Any = getattr(self.loader, "sampler", None)
-        if sampler is not None and hasattr(
-            sampler, "set_epoch"
-        ):  # torch's DistributedSampler has another order for each pass only if told
+        sampler = sampler_of(self.loader)
+        if hasattr(sampler, "set_epoch"):  # torch's DistributedSampler has another order for each pass only if told
             sampler.set_epoch(self.passes)
         self.passes += 1
         self._iterator = iter(self.loader)

@@ -10,9 +10,12 @@ The base pass alone trains: no response parameters, no perturbations, no validat
 "scales": {name: scale}}`; the values of a point hold from its inner step to that of the next one.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from stn_fx.bilevel.algorithm import InnerRecord
 from stn_fx.bilevel.callbacks import Callback
@@ -32,15 +35,20 @@ class FollowSchedule(Callback):
 
     Args:
         schedule: in time order; a single point holds for the whole run.
+        perturbed: whether each inner step moves all raw values by Gaussian noise of the schedule's scales, one draw for
+            a whole batch: is it the schedule that helps, or the noise around its values?
+        seed: of that noise.
 
     Raises:
         InputError: the schedule is empty, or (at the start of `fit`) names other hyperparameters than the model has.
     """
 
-    def __init__(self, schedule: Sequence[SchedulePoint]) -> None:
+    def __init__(self, schedule: Sequence[SchedulePoint], perturbed: bool = False, seed: int = 0) -> None:
         if not schedule:
             raise InputError("The schedule has no point, so there is nothing to follow.")
         self.schedule = list(schedule)
+        self.perturbed = perturbed
+        self._generator = torch.Generator().manual_seed(seed)
         self._steps = [point.inner_step for point in self.schedule]
         self._inner = 0
 
@@ -63,15 +71,24 @@ class FollowSchedule(Callback):
         self._set(trainer.stn.hparams)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"inner": self._inner}
+        return {"inner": self._inner, "noise": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._inner = state["inner"]
+        self._generator.set_state(state["noise"])
 
     def _set(self, space: HyperparameterSpace) -> None:
         point = self.schedule[max(0, bisect_right(self._steps, self._inner) - 1)]
-        inside = {}
-        for each in space.resolved:
-            margin = INSIDE * (each.high - each.low)
-            inside[each.name] = min(max(point.values[each.name], each.low + margin), each.high - margin)
-        space.set_values(inside)
+        space.set_values({each.name: _inside(point.values[each.name], each.low, each.high) for each in space.resolved})
+        if self.perturbed:
+            scale_H = space.raw.new_tensor([point.scales[name] for name in space.names])
+            noise_H = torch.randn(len(space), generator=self._generator, dtype=space.raw.dtype).to(space.raw.device)
+            with torch.no_grad():
+                space.raw.add_(scale_H * noise_H)
+
+
+def _inside(value: float, low: float, high: float) -> float:
+    margin = INSIDE * (high - low) if math.isfinite(high) else INSIDE
+    if value <= low:
+        return low + margin
+    return high - margin if value >= high else value

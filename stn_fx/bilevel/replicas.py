@@ -71,21 +71,18 @@ class Replicas:
         """Average tensors over all processes, in place, in one message for each dtype."""
         if self.count == 1:
             return
-        groups: dict[torch.dtype, list[Tensor]] = {}
-        for tensor in tensors:
-            groups.setdefault(tensor.dtype, []).append(tensor)
-        for group in groups.values():
+        for group in _by_dtype(tensors):
             flat = torch.cat([tensor.flatten() for tensor in group])
             dist.all_reduce(flat)
-            parts = flat.div_(self.count).split([tensor.numel() for tensor in group])
-            for tensor, part in zip(group, parts, strict=True):
-                tensor.copy_(part.view_as(tensor))
+            _scatter(flat.div_(self.count), group)
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Give every process the values of the first one, in place."""
+        """Give every process the values of the first one, in place, in one message for each dtype."""
         if self.count > 1:
-            for tensor in tensors:
-                dist.broadcast(tensor.detach(), 0)
+            for group in _by_dtype(tensors):
+                flat = torch.cat([tensor.detach().flatten() for tensor in group])
+                dist.broadcast(flat, 0)
+                _scatter(flat, group)
 
     def first(self, number: int) -> int:
         """The number of the first process."""
@@ -103,6 +100,20 @@ class Replicas:
         everyone: list[set[int]] = [set() for _ in range(self.count)]
         dist.all_gather_object(everyone, mine)
         return set.intersection(*everyone)
+
+
+def _by_dtype(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.dtype, []).append(tensor)
+    return list(groups.values())
+
+
+@torch.no_grad()
+def _scatter(flat: Tensor, tensors: list[Tensor]) -> None:
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 def _filled(rows: Rows) -> Rows:

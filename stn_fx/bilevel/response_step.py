@@ -88,7 +88,10 @@ class _Perturbed(ResponseStep):
 
         passes = (stn, algorithm.objective, algorithm.updaters["response"], batch, raws, algorithm.precision())
         with stn.drawing_from(algorithm.response_masks):
-            return response_update(*passes, same_draws)
+            outcome = response_update(*passes, same_draws)
+        for generator, state in list(zip(generators, states, strict=True))[len(algorithm.response_masks) :]:
+            generator.set_state(state)  # learning the response leaves no trace in the training of the model
+        return outcome
 
 
 class Linearized(_Perturbed):

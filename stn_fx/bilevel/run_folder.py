@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from stn_fx.bilevel.trainer import BilevelTrainer
 
 MARKER = "values.json"
+TABLES = ("schedule.json", "schedule.csv", "history.json", "history.csv")
+FILES = (MARKER, *TABLES, "schedule.png", "model.pt")
 
 
 class RunFolder(Callback):
@@ -56,6 +58,9 @@ class RunFolder(Callback):
             ) from error
 
     def fit_started(self, trainer: "BilevelTrainer", epochs: int, result: FitResult) -> None:
+        if not result.resumed_at:  # nothing of an older run stays beside the new one
+            for name in FILES:
+                (self.path / name).unlink(missing_ok=True)
         self._write_tables(trainer, result)
 
     def epoch_ended(self, trainer: "BilevelTrainer", record: EpochRecord, result: FitResult) -> None:

@@ -26,6 +26,9 @@ from stn_fx.hparams import HyperparameterSpace
 class Sampling(ABC):
     """Draws raw hyperparameters (B, H) for the passes that need perturbed ones."""
 
+    def __repr__(self) -> str:
+        return f"{type(self).__qualname__}()"
+
     @abstractmethod
     def inner(self, space: HyperparameterSpace, rows: Rows, generator: Generator) -> Tensor:
         """For the linearized pass."""
@@ -71,6 +74,9 @@ class GlobalSampling(Sampling):
         if not width > 0:
             raise InputError(f"width={width}: it must be positive.")
         self.width = width
+
+    def __repr__(self) -> str:
+        return f"GlobalSampling(width={self.width})"
 
     def inner(self, space: HyperparameterSpace, rows: Rows, generator: Generator) -> Tensor:
         return _initial(space) + self.width * _inner_noise(rows, space, generator)

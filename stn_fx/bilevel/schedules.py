@@ -1,14 +1,15 @@
 """Learning rates over a run: any torch scheduler, stepped once per update of the weights."""
 
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, ReduceLROnPlateau, SequentialLR
 
 from stn_fx.bilevel.algorithm import InnerRecord
 from stn_fx.bilevel.callbacks import Callback
 from stn_fx.bilevel.optimizers import Role
+from stn_fx.bilevel.reader import length_of
 from stn_fx.bilevel.records import FitResult
 from stn_fx.errors import InputError
 
@@ -58,7 +59,8 @@ class LearningRateSchedule(Callback):
         self.followers = tuple(followers)
 
     def fit_started(self, trainer: "BilevelTrainer", epochs: int, result: FitResult) -> None:
-        if not isinstance(trainer.train, Sized):
+        batches = length_of(trainer.train)
+        if batches is None:
             raise InputError(
                 "A learning rate schedule needs the number of training batches, and the training loader has no length. "
                 "Give it __len__, or leave the schedule out."
@@ -70,7 +72,12 @@ class LearningRateSchedule(Callback):
         ]
         self._inner = 0
         self._accumulate = trainer.algorithm.updates.accumulate
-        self._scheduler = self.factory(optimizers["base"], max(1, epochs * len(trainer.train) // self._accumulate))
+        self._scheduler = self.factory(optimizers["base"], max(1, epochs * batches // self._accumulate))
+        if isinstance(self._scheduler, ReduceLROnPlateau):
+            raise InputError(
+                "ReduceLROnPlateau follows a loss, and schedules here are stepped once per update without one. Use "
+                "cosine, linear, or any scheduler whose step() takes no argument."
+            )
         self._follow()
 
     def inner_step_ended(self, trainer: "BilevelTrainer", epoch: int, record: InnerRecord) -> None:
@@ -78,6 +85,13 @@ class LearningRateSchedule(Callback):
         if self._inner % self._accumulate == 0:
             self._scheduler.step()
             self._follow()
+
+    def fit_ended(self, trainer: "BilevelTrainer", result: FitResult) -> None:
+        """All rates as before, so that another `fit` does not begin with those that this one ended with."""
+        optimizers = trainer.algorithm.optimizers
+        for optimizer, initial in [(optimizers["base"], self._leader), *self._followers]:
+            for group, rate in zip(optimizer.param_groups, initial, strict=True):
+                group["lr"] = rate
 
     def state_dict(self) -> dict[str, Any]:
         followers = [rates for _, rates in self._followers]

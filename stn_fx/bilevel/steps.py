@@ -112,8 +112,9 @@ class DeltaSTN(Algorithm):
             response = self.response_step(self, batch)
         return InnerRecord.of(base, response)
 
-    def description(self) -> str:
-        return f"{super().description()} with {self.response_step}"
+    def description(self) -> dict[str, Any]:
+        options = {"entropy weight": self.entropy_weight, "tune scales": "scale" in self._choices}
+        return super().description() | options | {"sampling": str(self.sampling), "response": str(self.response_step)}
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"response_step": self.response_step.state_dict()}

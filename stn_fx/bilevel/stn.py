@@ -21,7 +21,7 @@ from stn_fx.bilevel.batch import Batch
 from stn_fx.bilevel.mixing import mix
 from stn_fx.bilevel.penalties import penalized_groups, penalties
 from stn_fx.bilevel.steps import DeltaSTN
-from stn_fx.bilevel.updates import named_values
+from stn_fx.bilevel.updates import buffers_of_an_update, named_values
 from stn_fx.errors import InputError
 
 if TYPE_CHECKING:
@@ -45,11 +45,18 @@ class STN(DeltaSTN):
         """One joint update of base and response parameters with fresh perturbations."""
         batch = self.prepare(content)
         raw_BH = self.sampling.inner(self.stn.hparams, batch.rows, self.perturbations).detach()
+        updater = self.updaters["base"]
+        settle = buffers_of_an_update(self.stn, updater)
         with training_mode(self.stn), self._following():
             with self.precision():
                 loss = self._loss(batch, raw_BH)
-            outcome = self.updaters["base"].apply(loss, "training loss of the perturbed network", batch.rows.share)
-        return InnerRecord.of(outcome)
+            outcome = updater.apply(loss, "training loss of the perturbed network", batch.rows.share)
+        return InnerRecord.of(settle(outcome))
+
+    def description(self) -> dict[str, Any]:
+        description = super().description()
+        del description["response"]  # it has none of its own
+        return description
 
     def outer_step(self, content: Any) -> OuterRecord:
         """One update of raw hyperparameters and scales; the weights follow their response to it."""

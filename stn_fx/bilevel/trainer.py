@@ -3,13 +3,15 @@
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim import Optimizer
 
 from stn_fx.arguments import require_count
 from stn_fx.bilevel.algorithm import Algorithm, device_of
@@ -22,7 +24,7 @@ from stn_fx.bilevel.generators import Generators
 from stn_fx.bilevel.interruption import Interruption, Terminated
 from stn_fx.bilevel.loader_checks import require_no_overlap, require_same_structure, require_usable_losses
 from stn_fx.bilevel.objective import Loss, Objective
-from stn_fx.bilevel.reader import BatchReader
+from stn_fx.bilevel.reader import BatchReader, beside_a_pass, length_of
 from stn_fx.bilevel.records import EpochRecord, FitResult, SchedulePoint
 from stn_fx.bilevel.steps import DeltaSTN, DeltaSTNOptions
 from stn_fx.errors import DivergedError, InputError
@@ -129,8 +131,10 @@ class BilevelTrainer:
         return _Fit(self, epochs, warmup_epochs, train_steps, valid_steps, callbacks, measure_trust).run(resume_from)
 
     def evaluate(self, loader: Iterable[Any]) -> Evaluation:
-        """Mean loss and accuracy of the model as it stands, in evaluation mode."""
-        return evaluate(self.stn, self.algorithm.objective, loader)
+        """Mean loss and accuracy of the model as it stands, in evaluation mode; a run that goes on is left alone."""
+        loaders = {"train": self.train, "valid": self.valid, "evaluated": loader}
+        with Generators(self.stn, loaders).untouched(), self.algorithm.precision():
+            return evaluate(self.stn, self.algorithm.objective, beside_a_pass(loader))
 
 
 class _Fit:
@@ -183,11 +187,14 @@ class _Fit:
             require_same(saved[0], self.identity(), checkpoint)
             self.result = FitResult.from_json(saved[1]["result"])
             self.result.resumed_at.append(saved[1]["inner"])
+        for callback in self.callbacks:
+            callback.check(self.trainer, self.result)
         self.result.interrupted = True
-        try:
+        with ExitStack() as started:
             with Interruption() as interruption:
                 for callback in self.callbacks:
                     callback.fit_started(self.trainer, self.epochs, self.result)
+                    started.callback(callback.fit_ended, self.trainer, self.result)
                 if saved is not None:
                     self._restore(saved[1])
                 while self.epoch <= self.epochs:
@@ -200,26 +207,26 @@ class _Fit:
                     f"train_steps or warmup_epochs.",
                     stacklevel=3,
                 )
-        finally:
-            for callback in self.callbacks:
-                callback.fit_ended(self.trainer, self.result)
         return self.result
 
     def _prepare(self) -> None:
         """Find out on one batch of each loader whether everything fits, before any training time is spent."""
         objective, device = self.algorithm.objective, device_of(self.trainer.stn)
+        before = self.generators.state()
         contents = []
         for name, loader in (("training", self.trainer.train), ("validation", self.trainer.valid)):
-            contents.append(next(iter(loader), None))
+            contents.append(next(iter(beside_a_pass(loader)), None))
             if contents[-1] is None:
                 raise InputError(f"The {name} loader is empty. Give it at least one batch (mind drop_last=True).")
         require_no_overlap(self.trainer.train, self.trainer.valid)
         require_same_structure(*(objective.batch(content, device).inputs for content in contents))
         train, valid = map(self.algorithm.prepare, contents)
-        before = self.generators.state()
+        self.algorithm.require_own_parameters()
+        after = self.generators.state()
         with self.algorithm.precision():
             require_usable_losses(self.trainer.stn, objective, train, valid)
-        self.generators.restore(before)
+        # Those of the model may just have been seeded, by the first batch that it has seen.
+        self.generators.restore(before | {name: after[name] for name in ("stn", "mixing")})
 
     def _epoch(self, interruption: Interruption) -> None:
         self.began = time.perf_counter()
@@ -236,6 +243,7 @@ class _Fit:
             if self.algorithm.tunes and self.epoch > self.warmup_epochs and self._round_is_due():
                 self._outer_round()
             self._safe_point(interruption)
+        self.training_batches.require_batches()
         if self.result.schedule[-1].epoch < self.epoch:
             self._record_schedule(self.epoch)
         valid = self.trainer.evaluate(self.trainer.valid)
@@ -319,13 +327,14 @@ class _Fit:
                 str(spec["name"]): {key: spec[key] for key in ("low", "high", "discrete")}
                 for spec in stn.hparams.specs()
             },
+            "module": {name or "model": type(module).__qualname__ for name, module in stn.model.named_modules()},
             "algorithm": self.algorithm.description(),
-            "optimizer": {role: type(each).__qualname__ for role, each in self.algorithm.optimizers.items()},
+            "optimizer": {role: _settings(each) for role, each in self.algorithm.optimizers.items()},
             "callback": [type(each).__qualname__ for each in self.callbacks if each.has_state()],
             "batches of the loader": {
-                name: len(loader)
+                name: batches
                 for name, loader in (("train", self.trainer.train), ("valid", self.trainer.valid))
-                if isinstance(loader, Sized)
+                if (batches := length_of(loader)) is not None
             },
             "option": {
                 "epochs": self.epochs,
@@ -381,6 +390,12 @@ class _Fit:
         self.training_batches.restore(state["train"])
         # Last: beginning the passes again has drawn from the generators.
         self.generators.restore(state["generators"])
+
+
+def _settings(optimizer: Optimizer) -> dict[str, Any]:
+    """Class and plain options, as it was built: schedules change the rates of its groups, not these."""
+    plain = {name: value for name, value in optimizer.defaults.items() if isinstance(value, (bool, int, float, tuple))}
+    return {"class": type(optimizer).__qualname__} | {name: str(value) for name, value in plain.items()}
 
 
 def _mean(values: list[float]) -> float:

@@ -43,7 +43,7 @@ def base_update(
 
     It alone updates the running statistics of batch norms; they are put back where the loss is not applied.
     """
-    buffers = [(buffer, buffer.clone()) for buffer in stn.model.buffers()]
+    settle = buffers_of_an_update(stn, updater)
     raw_BH = stn.hparams.raw.detach().expand(batch_size(stn, batch), -1)
     hyperparameters = named_values(stn, raw_BH)
     with precision, stn.watching() as activations:
@@ -53,13 +53,26 @@ def base_update(
         loss = objective.training_loss(output, batch, hyperparameters)
         loss = sum(other_penalties(stn, output, hyperparameters, None, batch, activations), loss)
     decay = Decay(stn, hyperparameters)
-    outcome = updater.apply(loss, "training loss of the base pass", batch.rows.share, decay)
-    if outcome.skipped:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-    updater.replicas.broadcast(stn.model.buffers())  # each process has seen other examples
-    return outcome
+    return settle(updater.apply(loss, "training loss of the base pass", batch.rows.share, decay))
+
+
+def buffers_of_an_update(stn: "SelfTuningModule", updater: Updater) -> Callable[[Outcome], Outcome]:
+    """Called before a pass that moves running statistics; to be called with what became of its update.
+
+    Where the loss was not finite the statistics are put back, else every process gets those of the first one: each has
+    seen other examples.
+    """
+    buffers = [(buffer, buffer.clone()) for buffer in stn.model.buffers()]
+
+    def settle(outcome: Outcome) -> Outcome:
+        if outcome.unusable:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+        updater.replicas.broadcast(stn.model.buffers())
+        return outcome
+
+    return settle
 
 
 def response_update(
@@ -126,6 +139,12 @@ def _linearized(stn: "SelfTuningModule", batch: Batch, raw_BH: Tensor) -> tuple[
         )
     output = _plus(primal, tangent)
     return output, mixed.with_targets(output)
+
+
+def response_loss(stn: "SelfTuningModule", objective: Objective, batch: Batch) -> Tensor:
+    """Validation loss of the response pass at the current hyperparameters."""
+    raw_BH = stn.hparams.raw.detach().expand(batch_size(stn, batch), -1)
+    return objective.validation_loss(batch.feed(stn.respond, raw=raw_BH), batch, named_values(stn, raw_BH))
 
 
 def validation_loss(stn: "SelfTuningModule", objective: Objective, batch: Batch) -> Tensor:
