@@ -56,7 +56,9 @@ def replay(
         runs[str(way)] = task.fixed(recipe, seed, callbacks)
     console.print(replay_table(runs, options.epochs))
     write_comparison(run / "replay.csv", runs)
-    console.print(f"Written to {run / 'replay.csv'}, weights and losses to {run / 'replay'}", soft_wrap=True)
+    console.print(
+        f"Written to {run / 'replay.csv'}, weights and losses to {run / 'replay'}", soft_wrap=True, markup=False
+    )
 
 
 def points(recorded: RecordedRun, way: Way) -> list[SchedulePoint]:

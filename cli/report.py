@@ -83,5 +83,5 @@ def compile_and_report(
             json_file.write_text(json.dumps(report.to_dict(), indent=2))
         except OSError as error:
             raise InputError(f"--json {json_file} cannot be written: {error}. Choose another place.") from error
-        console.print(f"\nReport: {json_file}")
+        console.print(f"\nReport: {json_file}", markup=False)
     return loaded, stn

@@ -137,7 +137,7 @@ def tune(
     ] = False,
     save_every: Annotated[
         int | None,
-        typer.Option(min=1, rich_help_panel=OUTPUT, help="Save after so many updates too, not just every epoch."),
+        typer.Option(min=1, rich_help_panel=OUTPUT, help="Save after so many batches too, not just every epoch."),
     ] = None,
     keep: Annotated[
         int, typer.Option(min=1, rich_help_panel=OUTPUT, help="How many of the last saved states stay.")
@@ -201,7 +201,7 @@ def tune(
         _run(console, options, RunFolder(place, overwrite), overwrite, resume is not None)
     except KeyboardInterrupt:
         if (place / FILE).exists():
-            console.print(f"To go on: stn-fx tune --resume {place}", soft_wrap=True)
+            console.print(f"To go on: stn-fx tune --resume {place}", soft_wrap=True, markup=False)
         raise
     finally:
         for each in made:  # folders of a command that failed before its run began
@@ -212,10 +212,13 @@ def tune(
 class _Description(Callback):
     """Writes what the run was asked for when it begins, so that a command that fails before leaves nothing."""
 
-    def __init__(self, folder: Path, options: TuneOptions, how: dict[str, Any]) -> None:
-        self.folder, self.options, self.how = folder, options, how
+    def __init__(self, folder: Path, options: TuneOptions, how: dict[str, Any], later: Path) -> None:
+        self.folder, self.options, self.how, self.later = folder, options, how, later
 
     def fit_started(self, trainer: BilevelTrainer, epochs: int, result: FitResult) -> None:
+        if not result.resumed_at:  # what a run that is replaced had saved of its second part
+            for checkpoint in checkpoints_in(self.later):
+                checkpoint.unlink()
         self.options.write(self.folder)
         text = json.dumps(self.how, indent=2)
         write_atomically(self.folder / "model.json", lambda temporary: temporary.write_text(text))
@@ -224,7 +227,7 @@ class _Description(Callback):
 def _run(console: Console, options: TuneOptions, folder: RunFolder, overwrite: bool, resuming: bool) -> None:
     averages = [] if options.average is None else [WeightAverage(options.average)]
     task, recipe = image_task(console, options), options.recipe()
-    console.print(f"Run folder: {folder.path}")
+    console.print(f"Run folder: {folder.path}", markup=False)
 
     def saved(name: str) -> Checkpoint:
         place = folder.path / "checkpoints" / name
@@ -237,7 +240,7 @@ def _run(console: Console, options: TuneOptions, folder: RunFolder, overwrite: b
         return [TensorBoard(folder.path / "tensorboard" / name)] if options.tensorboard else []
 
     checkpoint = saved("tuned")
-    description = _Description(folder.path, options, how_to_load(options, task.splits))
+    description = _Description(folder.path, options, how_to_load(options, task.splits), saved("fixed").folder)
     callbacks = [LiveProgress(console, "tuned"), description, folder, *averages, *logged("tuned"), checkpoint]
     tuned = task.tuned(recipe, options.seed, callbacks, place_to_resume(checkpoint))
     fixed = None
@@ -260,7 +263,7 @@ def _run(console: Console, options: TuneOptions, folder: RunFolder, overwrite: b
             f"The lowest validation loss was in epoch {best.epoch}, before tuning began: model.pt holds weights that "
             f"the tuned values did not train. More epochs, a lower --lr or a shorter --warmup may help."
         )
-    console.print(f"Values, schedule, picture and weights: {folder.path}")
+    console.print(f"Values, schedule, picture and weights: {folder.path}", markup=False)
 
 
 def _require_nothing_beside_resume(context: typer.Context) -> None:

@@ -14,7 +14,9 @@ from stn_fx.bilevel.apply import UpdateOptions
 from stn_fx.bilevel.atomic import write_atomically
 from stn_fx.bilevel.comparison import Recipe
 from stn_fx.bilevel.response_step import EveryKth, Linearized
+from stn_fx.data.sources import DIGITS
 from stn_fx.errors import InputError
+from stn_fx.model_reference import path_of
 
 from .options import DEFAULT_LR, OPTIMIZERS, SCHEDULES, OptimizerName, ScheduleName
 
@@ -93,7 +95,7 @@ class TuneOptions:
 
     def write(self, folder: Path) -> None:
         """Keep them in a run folder; paths become absolute, so that they hold from everywhere."""
-        kept = asdict(self) | {"model": _absolute_model(self.model), "data": _absolute(self.data)}
+        kept = asdict(self) | {"model": _absolute_model(self.model), "data": _absolute_data(self.data)}
         text = json.dumps(kept, indent=2) + "\n"
         write_atomically(folder / FILE, lambda path: _write_text(path, text))
 
@@ -124,14 +126,13 @@ class TuneOptions:
         )
 
 
-def _absolute(path: str) -> str:
-    place = Path(path).expanduser()
-    return str(place.resolve()) if place.exists() else path
+def _absolute_data(reference: str) -> str:
+    return reference if reference == DIGITS else str(Path(reference).expanduser().resolve())
 
 
 def _absolute_model(reference: str) -> str:
-    path, separator, name = reference.rpartition(":") if not reference.endswith(".py") else (reference, "", "")
-    return f"{_absolute(path)}{separator}{name}"
+    path, separator, name = path_of(reference)
+    return f"{Path(path).expanduser().resolve()}{separator}{name}" if path else reference
 
 
 def _write_text(path: Path, text: str) -> None:

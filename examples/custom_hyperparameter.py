@@ -40,12 +40,13 @@ def main() -> dict[str, float]:
     """A few steps on random images; returns the values of all hyperparameters."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
-    images, labels = torch.rand(32, 1, 8, 8), torch.randint(3, (32,))
-    stn = stn_fx.transform(model, HPARAMS, (images,), seed=0)
+    images, labels = torch.rand(64, 1, 8, 8), torch.randint(3, (64,))
+    training, held = (images[:32], labels[:32]), (images[32:], labels[32:])
+    stn = stn_fx.transform(model, HPARAMS, training[:1], seed=0)
     steps = stn_fx.DeltaSTN(stn)
     for _ in range(5):
-        steps.inner_step((images, labels))
-        steps.outer_step((images, labels))
+        steps.inner_step(training)
+        steps.outer_step(held)
     return stn.hparams.values()
 
 

@@ -21,6 +21,7 @@ def main(epochs: int = 8, examples: int = 600) -> dict[str, float]:
     optimizer = torch.optim.Adam(stn.base_parameters(), lr=1e-2)  # yours; None would be a sensible default
     steps = stn_fx.DeltaSTN(stn, F.cross_entropy, base_optimizer=optimizer)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    rates = {role: steps.optimizers[role].param_groups[0]["lr"] for role in ("base", "hyper", "scale")}
     validation = cycle(DataLoader(valid, 64))
 
     for epoch in range(epochs):
@@ -29,6 +30,8 @@ def main(epochs: int = 8, examples: int = 600) -> dict[str, float]:
             if epoch >= epochs // 3 and i % 5 == 4:
                 steps.outer_step(next(validation))  # the hyperparameters
         scheduler.step()
+        for role in ("hyper", "scale"):  # those that go on moving around weights at rest run away
+            steps.optimizers[role].param_groups[0]["lr"] = rates[role] * scheduler.get_last_lr()[0] / rates["base"]
         print(f"epoch {epoch + 1}  training loss {record.loss:.3f}  {stn.hparams.values()}")
 
     plain = stn.finalize()  # your own model; its dropout has the tuned rate

@@ -35,6 +35,15 @@ class LoadedModel:
     namespace: ModuleType | None = None
 
 
+def path_of(reference: str) -> tuple[str, str, str]:
+    """(path, separator, name) of a model in a file; an empty path where the reference names none."""
+    if reference.partition(":")[0] in ("torchvision", "timm"):
+        return "", "", ""
+    # A path may hold colons of its own (drive letters), a name cannot hold dots.
+    found = reference.rpartition(":") if not reference.endswith(".py") else (reference, "", "")
+    return found if found[0].endswith(".py") else ("", "", "")
+
+
 def load_model(
     reference: str,
     classes: int | None = None,
@@ -61,9 +70,8 @@ def load_model(
     if separator and head == "timm":
         model = _timm(tail, _known(wanted, "num_classes", "in_chans") | given)
         return LoadedModel(model.train(), tail)
-    # A path may hold colons of its own (drive letters), a name cannot hold dots.
-    path, _, name = reference.rpartition(":") if not reference.endswith(".py") else (reference, "", "")
-    if not path.endswith(".py"):
+    path, _, name = path_of(reference)
+    if not path:
         raise InputError(f"{reference!r} names no model. Give {FORMS}.")
     namespace = _execute(Path(path).expanduser())
     return LoadedModel(_from_file(namespace, path, name, wanted, given).train(), name or Path(path).stem, namespace)

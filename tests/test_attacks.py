@@ -260,6 +260,13 @@ def test_a_tensor_that_is_a_plain_attribute_is_read_where_it_is(change) -> None:
         change(model)
 
 
+def test_a_module_that_torch_compile_has_wrapped_is_refused() -> None:
+    model = nn.Sequential(torch.compile(nn.Linear(3, 3)), nn.Linear(3, 2))
+    for each in (model, torch.compile(nn.Linear(3, 3))):
+        with pytest.raises(InputError, match=r"before torch\.compile"):
+            stn_fx.transform(each, "weight_decay", (torch.randn(4, 3),))
+
+
 class Kind(Enum):
     POSITIVE = 1
     NEGATIVE = 2

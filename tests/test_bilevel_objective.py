@@ -56,6 +56,24 @@ def test_autocast_does_not_round_the_smoothing_away():
     torch.testing.assert_close(targets, soft_targets(OUTPUT.float(), TARGET, smoothing_B))
 
 
+def test_one_tensor_is_one_input():
+    objective = Objective(train=lambda *_: None, inputs=lambda batch: batch["x"])
+    x = torch.randn(5, 3)
+    (found,) = objective.batch({"x": x}, x.device).inputs
+    assert torch.equal(found, x)
+
+
+def test_mappings_of_other_packages_become_dicts_wherever_they_are():
+    x = torch.randn(2, 3)
+    content = (UserDict(x=x, deep=[UserDict(y=x)]), x)
+    batch = as_objective(F.cross_entropy).batch(content, torch.device("meta"))
+    (found,) = batch.inputs
+    assert type(found) is dict
+    assert found["x"].is_meta
+    assert type(found["deep"][0]) is dict
+    assert found["deep"][0]["y"].is_meta
+
+
 def test_label_smoothing_leaves_the_validation_loss_alone():
     hyperparameters = {"label_smoothing": torch.full((4,), 0.5)}
     actual = as_objective(F.cross_entropy).validation_loss(OUTPUT, Batch((None, TARGET), ()), hyperparameters)

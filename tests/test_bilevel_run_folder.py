@@ -6,7 +6,7 @@ import torch
 from bilevel_fake import FakeSelfTuningModule, classification_batches
 from torch import nn
 
-from stn_fx.bilevel import BilevelTrainer, Callback, RunFolder
+from stn_fx.bilevel import BilevelTrainer, Callback, Checkpoint, RunFolder
 from stn_fx.bilevel.atomic import write_atomically
 from stn_fx.errors import InputError
 
@@ -73,6 +73,30 @@ def test_a_run_is_not_overwritten_unasked(tmp_path):
     with pytest.raises(InputError, match="holds a run already"):
         run(tmp_path)
     run(tmp_path, epochs=2, overwrite=True)
+
+
+def test_a_run_that_replaces_another_leaves_nothing_of_it(tmp_path):
+    run(tmp_path, epochs=2)
+    for name in ("model.pt", "history.csv", "schedule.png"):
+        (tmp_path / name).write_text("of the older run")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Stop(), overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "history.json", "schedule.csv", "schedule.json", "values.json",
+    ]  # fmt: skip
+
+
+def test_a_run_that_another_callback_refuses_replaces_nothing(tmp_path):
+    run(tmp_path / "run", Checkpoint(tmp_path / "saved"), epochs=2)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="holds checkpoints of a run already"):
+        run(tmp_path / "run", Checkpoint(tmp_path / "saved"), epochs=2, overwrite=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+class Stop(Callback):
+    def inner_step_ended(self, trainer, epoch, record):
+        raise KeyboardInterrupt
 
 
 def test_a_path_that_cannot_be_a_folder_is_refused(tmp_path):

@@ -17,7 +17,7 @@ from stn_fx.bilevel.html_report import html_report
 from stn_fx.bilevel.plot import draw
 from stn_fx.bilevel.records import FitResult, SchedulePoint
 from stn_fx.bilevel.trust import pooled
-from stn_fx.bilevel.trust_measurement import measure
+from stn_fx.bilevel.trust_measurement import measure, measure_response
 
 SCALE = 0.5
 
@@ -52,6 +52,20 @@ def measured(stn, M, copies=512):
     batch = (ridge.PROBLEM.x.repeat(copies, 1), ridge.PROBLEM.y.repeat(copies, 1))
     valid = (ridge.PROBLEM.x_valid, ridge.PROBLEM.y_valid)
     return measure(DeltaSTN(stn, ridge.per_example_loss), batch, valid, 3)["weight_decay"]
+
+
+def test_where_examples_are_fewer_than_hyperparameters_each_has_its_turn():
+    torch.manual_seed(0)
+    layers = [layer for _ in range(6) for layer in (nn.Dropout(0.2), nn.Linear(4, 4))]
+    x, y = torch.randn(8, 4), torch.arange(8) % 4
+    stn = stn_fx.transform(nn.Sequential(*layers), "dropout,weight_decay", (x,), seed=0)
+    steps = DeltaSTN(stn)
+    steps.inner_step((x, y))
+    seen = set()
+    for step in range(60):
+        found = measure_response(steps, (x, y), step)
+        seen |= {name for name, each in found.items() if each["promised_error"] is not None}
+    assert seen == set(stn.hparams.names)
 
 
 def test_the_response_error_orders_responses_as_the_objective_does():

@@ -83,8 +83,55 @@ def test_fixed_scales_stay_and_the_rest_is_tuned():
     steps.outer_step(BATCH)
     assert torch.equal(stn.hparams.raw_scale, scales)
     assert not torch.equal(stn.hparams.raw, raw)
-    with pytest.raises(InputError, match="nothing for it"):
+    with pytest.raises(InputError, match="nothing to do"):
         make_fake(tune_scales=False, scale_optimizer=partial(SGD, lr=0.1))
+
+
+def test_scales_that_a_sampling_does_not_use_are_not_tuned():
+    stn, steps = make_fake(sampling=GlobalSampling())
+    scales = stn.hparams.raw_scale.detach().clone()
+    steps.inner_step(BATCH)
+    steps.outer_step(BATCH)
+    assert torch.equal(stn.hparams.raw_scale, scales)
+    with pytest.raises(InputError, match="nothing to do"):
+        make_fake(sampling=GlobalSampling(), scale_optimizer=partial(SGD, lr=0.1))
+
+
+@pytest.mark.parametrize("algorithm", [STN, DeltaSTN])
+def test_a_bad_batch_does_not_spoil_running_statistics(algorithm):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    stn = stn_fx.transform(model, "weight_decay", (torch.randn(4, 8),))
+    steps, x = algorithm(stn), torch.randn(6, 8)
+    steps.inner_step((x, torch.arange(6) % 3))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    assert steps.inner_step((x * float("nan"), torch.arange(6) % 3)).skipped
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    steps.inner_step((x, torch.arange(6) % 3))
+    assert not torch.equal(model[1].running_mean, before["1.running_mean"])
+
+
+class NoisyInput(nn.Module):
+    """Draws from the global generator, as a user's own noise does."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.linear(x + 0.1 * torch.randn_like(x) if self.training else x)
+
+
+def test_learning_the_response_leaves_training_alone_in_models_that_draw_by_themselves():
+    weights = []
+    for algorithm in (FixedHyperparameters, DeltaSTN):
+        torch.manual_seed(0)
+        stn = stn_fx.transform(NoisyInput(), "weight_decay", (torch.randn(4, 8),), seed=0)
+        steps = algorithm(stn)
+        for x, y in classification_batches(0):
+            steps.inner_step((x.float(), y))
+        weights.append(stn.model.linear.weight.detach().clone())
+    assert torch.equal(*weights)
 
 
 def test_the_response_is_learned_in_every_kth_step():

@@ -1,4 +1,5 @@
 import csv
+import itertools
 import json
 import os
 import re
@@ -12,7 +13,8 @@ import pytest
 import torch
 from stn_fx_cli.main import app
 from stn_fx_cli.options import parse_arguments, parse_device, parse_response
-from stn_fx_cli.tune_options import TuneOptions
+from stn_fx_cli.replay import Way
+from stn_fx_cli.tune_options import TuneOptions, _absolute_data, _absolute_model
 from typer.testing import CliRunner
 
 import stn_fx
@@ -115,6 +117,27 @@ def test_what_does_not_fit_gives_one_message_and_exit_code_1(model, tmp_path, ar
     assert not (tmp_path / "run").exists(), "a command that failed before its run began leaves no folder"
 
 
+def test_a_run_that_replaces_another_keeps_none_of_its_checkpoints(model, tmp_path):
+    out = tmp_path / "run"
+    assert run(model, *QUICK, "--out", out).exit_code == 0
+    stop = "import stn_fx.bilevel.live_progress as live\nfrom stn_fx_cli.main import app\n"
+    stop += "def interrupt(*arguments): raise KeyboardInterrupt\nlive.epoch_line = interrupt\n"
+    arguments = [model, *QUICK, "--seed", "7", "--overwrite", "--out", out]
+    stop += f"app(['tune', *{list(map(str, arguments))}])"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", stop], env=environment(), capture_output=True)
+    assert not list((out / "checkpoints" / "fixed").glob("*.pt"))
+
+
+def test_names_that_need_no_path_stay_as_they_are(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ("digits", "timm:test_vit", "torchvision:resnet18"):
+        (tmp_path / name).mkdir()
+    kept = [_absolute_model("timm:test_vit"), _absolute_model("torchvision:resnet18"), _absolute_data("digits")]
+    assert kept == ["timm:test_vit", "torchvision:resnet18", "digits"]
+    assert _absolute_model("net.py:Net") == f"{tmp_path / 'net.py'}:Net"
+    assert _absolute_data("images") == str(tmp_path / "images")
+
+
 def test_a_failed_command_leaves_an_older_run_as_it_was(model, tmp_path):
     out = tmp_path / "run"
     assert run(model, *QUICK, "--no-compare", "--out", out).exit_code == 0
@@ -180,7 +203,9 @@ def test_options_of_an_older_run_are_read(model, tmp_path):
     assert TuneOptions.read(tmp_path).recipe().options["updates"] == UpdateOptions()
 
 
-def test_a_bug_keeps_its_traceback(model, monkeypatch):
+def test_a_bug_keeps_its_traceback(model, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # where the run folder would be
+
     def fail(*arguments):
         raise ZeroDivisionError
 
@@ -241,14 +266,26 @@ app(["tune", *{list(map(str, arguments))}, "--out", {str(tmp_path / "part")!r}])
 def test_a_run_is_drawn_reported_and_replayed(model, tmp_path):
     out = tmp_path / "run"
     assert run(model, "--hparams", "dropout,cutout,weight_decay", *QUICK, "--no-compare", "--out", out).exit_code == 0
+    for command in (["plot", out, "--out", tmp_path / "a"], ["report", out, "--out", tmp_path / "no" / "a.html"]):
+        result = CliRunner().invoke(app, list(map(str, command)))
+        assert result.exit_code == 1
+        assert "--out" in plain(result.stderr)
     for command in (["plot", out, "--out", tmp_path / "a.svg"], ["report", out], ["replay", out]):
         result = CliRunner().invoke(app, list(map(str, command)))
         assert result.exit_code == 0, result.output
     assert (tmp_path / "a.svg").read_text().startswith("<?xml")
     assert "dropout.2" in (out / "report.html").read_text()
     text = plain(result.output)
-    for expected in ("schedule epoch 2/2", "final epoch 2/2", "start epoch 2/2", "from scratch"):
+    for expected in ("schedule epoch 2/2", "final epoch 2/2", "start epoch 2/2", "perturbed epoch 2/2", "from scratch"):
         assert expected in text
+    schedules = {way: json.loads((out / "replay" / way / "schedule.json").read_text()) for way in Way}
+    tuned = json.loads((out / "schedule.json").read_text())
+    for way, point in ((Way.SCHEDULE, tuned[-1]), (Way.FINAL, tuned[-1]), (Way.START, tuned[0])):
+        assert schedules[way][-1]["values"] == pytest.approx(point["values"], rel=1e-5, abs=1e-5), way
+    assert schedules[Way.SCHEDULE][1]["values"] != schedules[Way.FINAL][1]["values"]
+    assert schedules[Way.PERTURBED][-1]["values"] != schedules[Way.FINAL][-1]["values"]
+    weights = [torch.load(out / "replay" / way / "model.pt", weights_only=True)["4.weight"] for way in Way]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(weights, 2))
     missing = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert missing.exit_code == 1
     assert "holds no run" in plain(missing.stderr)

@@ -87,11 +87,6 @@ def to_device(content: Any, device: torch.device) -> Any:
     return tree_map(place, content, is_leaf=lambda value: isinstance(value, Mapping) and type(value) is not dict)
 
 
-def leading_size(value: Any) -> int | None:
-    """Length of the first axis of the first tensor in a nested value; None where there is no tensor with an axis."""
-    return next((leaf.shape[0] for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.ndim), None)
-
-
 def batch_size(stn: "SelfTuningModule", batch: Batch) -> int:
     """Number of examples: the length of the batch axis of the first input that has one."""
     inputs = batch.feed(lambda *args, **kwargs: tree_leaves((args, kwargs)))

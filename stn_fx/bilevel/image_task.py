@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from stn_fx.bilevel.algorithm import evaluation_mode
 from stn_fx.bilevel.callbacks import Callback
 from stn_fx.bilevel.comparison import Recipe, Run, fixed_run, tuned_run
 from stn_fx.data import Splits, image_batches
@@ -72,17 +73,15 @@ class ImageTask:
     @torch.no_grad()
     def _check_scores(self, model: nn.Module, x: Tensor) -> None:
         """One evaluation of the plain model, so that what does not fit is told before anything is captured."""
-        training = model.training
         shape, classes = tuple(x.shape[1:]), len(self.splits.classes)
         try:
-            scores = model.eval()(x)
+            with evaluation_mode(model):
+                scores = model(x)
         except Exception as error:  # whatever a user's model raises
             raise InputError(
                 f"The model cannot take images of shape {shape} (channels, height, width): {type(error).__name__}: "
                 f"{error}. Choose another image size, or build the model for this one."
             ) from error
-        finally:
-            model.train(training)
         if not isinstance(scores, Tensor) or scores.ndim != 2 or scores.shape[1] < classes:
             got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
             raise InputError(

@@ -36,7 +36,6 @@ class LiveProgress(Callback):
         )
         self.live = Live(console=self.console, refresh_per_second=4, auto_refresh=False)
         self.loss: float | None = None
-        self.steps_per_epoch = 0
         self.inner = 0
 
     def fit_started(self, trainer: "BilevelTrainer", epochs: int, result: FitResult) -> None:

@@ -37,8 +37,8 @@ class Objective:
             Returns losses (B,) or their mean (a scalar).
         valid: the same for validation; `train` where None. It should not depend on the hyperparameters: those of the
             validation loss would be driven to wherever they make it small.
-        inputs: what of a batch the model takes, a tuple of positional or a dict of keyword inputs; where None, by the
-            rule of `stn_fx.bilevel.batch`.
+        inputs: what of a batch the model takes, one tensor, a tuple of positional or a dict of keyword inputs; where
+            None, by the rule of `stn_fx.bilevel.batch`.
     """
 
     train: Term
@@ -49,6 +49,8 @@ class Objective:
         """The loader's batch on the device, with its inputs; InputError where it cannot be split."""
         content = to_device(content, device)
         inputs = (self.inputs or _default_inputs)(content)
+        if isinstance(inputs, Tensor):
+            inputs = (inputs,)
         return Batch(content, inputs if isinstance(inputs, dict) else tuple(inputs))
 
     def training_loss(self, output: Any, batch: Batch, hyperparameters: Mapping[str, Tensor]) -> Tensor:

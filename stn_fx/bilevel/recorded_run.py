@@ -45,6 +45,7 @@ def read_run(folder: str | Path) -> RecordedRun:
             history=[EpochRecord.of(record) for record in history],
             interrupted=summary["interrupted"],
             resumed_at=summary["resumed_at"],
+            skipped=summary["skipped_updates"],
         )
         summary["hyperparameters"]  # read later: its absence belongs to this error
     except OSError as error:

@@ -86,12 +86,14 @@ class FitResult:
         history: one record per finished epoch.
         interrupted: whether training stopped before the last epoch.
         resumed_at: inner steps after which the run was taken up again from a checkpoint.
+        skipped: updates that were not applied because loss or gradient was not finite.
     """
 
     schedule: list[SchedulePoint] = field(default_factory=list)
     history: list[EpochRecord] = field(default_factory=list)
     interrupted: bool = False
     resumed_at: list[int] = field(default_factory=list)
+    skipped: int = 0
 
     @property
     def values(self) -> dict[str, float]:
@@ -102,11 +104,6 @@ class FitResult:
     def best(self) -> EpochRecord | None:
         """The epoch with the lowest validation loss; None where no epoch was finished."""
         return min(self.history, key=lambda record: record.order, default=None)
-
-    @property
-    def skipped(self) -> int:
-        """Updates of the whole run that were not applied because loss or gradient was not finite."""
-        return sum(record.skipped for record in self.history)
 
     def to_json(self) -> str:
         """The whole result; numbers read back exactly."""

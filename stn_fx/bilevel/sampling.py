@@ -24,7 +24,13 @@ from stn_fx.hparams import HyperparameterSpace
 
 
 class Sampling(ABC):
-    """Draws raw hyperparameters (B, H) for the passes that need perturbed ones."""
+    """Draws raw hyperparameters (B, H) for the passes that need perturbed ones.
+
+    Attributes:
+        uses_scales: whether the perturbations have the scales, so that these can be tuned.
+    """
+
+    uses_scales = True
 
     def __repr__(self) -> str:
         return f"{type(self).__qualname__}()"
@@ -69,6 +75,8 @@ class GlobalSampling(Sampling):
     Args:
         width: standard deviation in raw space.
     """
+
+    uses_scales = False
 
     def __init__(self, width: float = 1.5) -> None:
         if not width > 0:

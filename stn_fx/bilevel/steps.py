@@ -62,7 +62,7 @@ class DeltaSTN(Algorithm):
             are not finite.
         sampling: where perturbed hyperparameters come from; `PerExample()` where None.
         response_step: how the response is learned; `EveryKth(Linearized(), 2)` where None.
-        tune_scales: whether outer steps move the scales; else they stay as they began.
+        tune_scales: whether outer steps move the scales (of a sampling that has them); else they stay as they began.
 
     Raises:
         InputError: an optimizer over other parameters, or with a weight decay beside the hyperparameter weight_decay.
@@ -90,10 +90,13 @@ class DeltaSTN(Algorithm):
             "response": response_optimizer,
             "hyper": hyper_optimizer,
         }
-        if tune_scales:
+        sampling = sampling or PerExample()
+        if tune_scales and sampling.uses_scales:
             choices["scale"] = scale_optimizer
         elif scale_optimizer is not None:
-            raise InputError("scale_optimizer: given beside tune_scales=False, which leaves nothing for it.")
+            raise InputError(
+                "scale_optimizer: given beside tune_scales=False, or a sampling without scales: it has nothing to do."
+            )
         super().__init__(
             stn,
             loss,
@@ -101,7 +104,7 @@ class DeltaSTN(Algorithm):
             updates,
         )
         self.entropy_weight = entropy_weight
-        self.sampling = sampling or PerExample()
+        self.sampling = sampling
         self.response_step = response_step or EveryKth(Linearized(), RESPONSE_EVERY)
 
     def inner_step(self, content: Any) -> InnerRecord:

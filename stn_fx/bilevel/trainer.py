@@ -235,7 +235,7 @@ class _Fit:
             record = self._diagnosed(self.algorithm.inner_step, content)
             self.inner += 1
             self.losses.append(record.loss)
-            self.skipped += len(record.skipped)
+            self._count_skipped(record.skipped)
             if record.response_loss is not None:
                 self.response_losses.append(record.response_loss)
             for callback in self.callbacks:
@@ -267,6 +267,10 @@ class _Fit:
         self._begin_epoch()
         self._safe_point(interruption, epoch_ended=True)
 
+    def _count_skipped(self, reasons: Sequence[str]) -> None:
+        self.skipped += len(reasons)
+        self.result.skipped += len(reasons)
+
     def _round_is_due(self) -> bool:
         return self.inner % (self.train_steps * self.algorithm.updates.accumulate) == 0
 
@@ -275,7 +279,7 @@ class _Fit:
             content = next(self._endless_validation)
             self.trust.before_outer_step(content, self.inner)
             record = self._diagnosed(self.algorithm.outer_step, content)
-            self.skipped += len(record.skipped)
+            self._count_skipped(record.skipped)
             self.outer += 1
             self._record_schedule(self.epoch)
             for callback in self.callbacks:
@@ -385,7 +389,7 @@ class _Fit:
         self.epoch, self.inner, self.outer = state["epoch"], state["inner"], state["outer"]
         self.losses, self.response_losses = state["losses"], state["response_losses"]
         self.skipped, self.seconds_before = state["skipped"], state["seconds"]
-        self.trust.found = state.get("trust", {})  # older checkpoints have none
+        self.trust.found = state["trust"]
         self.validation_batches.restore(state["valid"])
         self.training_batches.restore(state["train"])
         # Last: beginning the passes again has drawn from the generators.

@@ -14,7 +14,7 @@ perturbed hyperparameters as in an outer step.
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 COLLAPSED = 0.05
@@ -107,11 +107,6 @@ def ratio(mean: float | None, error: float | None) -> float | None:
     return mean / error if error > 0 else None
 
 
-def trust_to_json(trust: Mapping[str, Trust] | None) -> dict[str, dict[str, Any]] | None:
-    """Plain data by name."""
-    return None if trust is None else {name: asdict(each) for name, each in trust.items()}
-
-
 def trust_from_json(content: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Trust] | None:
-    """What `trust_to_json` gave."""
+    """From plain data by name, as `dataclasses.asdict` gives it."""
     return None if content is None else {name: Trust(**each) for name, each in content.items()}

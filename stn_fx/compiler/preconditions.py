@@ -24,6 +24,11 @@ def require_trainable(model: nn.Module) -> None:
             f"{', '.join(scripted[:8])} of {kind} is a torch.jit.ScriptModule, which cannot be captured. Remedy: pass "
             f"the module that was scripted."
         )
+    if any(hasattr(module, "_orig_mod") for module in model.modules()):
+        raise InputError(
+            f"{kind} holds a module that torch.compile has wrapped, whose graph cannot be taken apart. Remedy: pass "
+            f"the model before torch.compile (its attribute _orig_mod)."
+        )
     if not parameters:
         raise InputError(
             f"{kind} has no parameters, so there is nothing to train or to condition. Pass the model that is trained."

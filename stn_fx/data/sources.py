@@ -17,6 +17,9 @@ from stn_fx.data.images import ImageSet
 from stn_fx.data.npz import load_npz
 from stn_fx.errors import InputError
 
+DIGITS = "digits"
+"""The one data set that needs no path."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -46,7 +49,7 @@ def load_images(reference: str, side: int | None = None) -> Source:
     Raises:
         InputError: there is nothing at the path, nothing that is understood, or it cannot be read.
     """
-    if reference == "digits":
+    if reference == DIGITS:
         return _source("scikit-learn's digits", *load_digits())
     path = Path(reference).expanduser()
     if not path.exists():
