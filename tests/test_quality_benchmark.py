@@ -14,6 +14,7 @@ from torch import nn
 optuna = pytest.importorskip("optuna", reason="the searches of the benchmark need optuna (extra `benchmarks`)")
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
 
+import quality_costs  # noqa: E402
 import quality_methods  # noqa: E402
 from quality_costs import measure_costs  # noqa: E402
 from quality_report import read_chains, summarize, write_report  # noqa: E402
@@ -23,7 +24,12 @@ from quality_tuners import TUNERS, VARIANTS  # noqa: E402
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
-COSTS = {"delta_stn": Cost(2.5, 1.0), "stn": Cost(1.8, 1.0), "low_rank": Cost(2.2, 1.0)}
+COSTS = {
+    "delta_stn": Cost(2.5, 1.0),
+    "stn": Cost(1.8, 1.0),
+    "low_rank": Cost(2.2, 1.0),
+    "double_backward": Cost(4.0, 1.0),
+}
 
 
 def tiny_model():
@@ -49,6 +55,8 @@ def data(tmp_path, monkeypatch):
         batch_size=16,
     )
     monkeypatch.setattr(quality_methods, "TASKS", {"tiny": task})
+    for module in (quality_methods, quality_costs):
+        monkeypatch.setattr(module, "WITH_VARIANTS", "tiny")
     quality_methods._splits.cache_clear()
     return tmp_path
 

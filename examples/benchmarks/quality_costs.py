@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from quality_tasks import Task
+from quality_tasks import WITH_VARIANTS, Task
 from quality_training import Cost, sgd
 from quality_tuners import MEASURED, RESPONSES
 from rich.console import Console
+from step_cost import DoubleBackwardUpdate
 
 from stn_fx.bilevel import FixedHyperparameters
 from stn_fx.data import ImageBatches
@@ -30,6 +31,10 @@ def measure_costs(task: Task, data: Path, console: Console) -> dict[str, Cost]:
         algorithm = build(task, task.wrapped(splits, 0, RESPONSES.get(name)))
         calls[f"{name} inner"] = lambda a=algorithm: a.inner_step(batch)
         calls[f"{name} outer"] = lambda a=algorithm: a.outer_step(batch)
+    if task.name == WITH_VARIANTS:
+        double = DoubleBackwardUpdate(task.build(), task.hparams, batch[0])
+        calls["double_backward inner"] = lambda: double(*batch)
+        calls["double_backward outer"] = calls["delta_stn outer"]
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     order = random.Random(0)
     with console.status(f"measuring the steps of {task.name}"):
@@ -44,6 +49,7 @@ def measure_costs(task: Task, data: Path, console: Console) -> dict[str, Cost]:
         pairs = zip(seconds[name], seconds["plain"], strict=True)
         return round(statistics.median(value / base for value, base in pairs), 3)
 
-    costs = {name: Cost(ratio(f"{name} inner"), ratio(f"{name} outer")) for name in MEASURED}
+    names = [name.removesuffix(" inner") for name in calls if name.endswith(" inner")]
+    costs = {name: Cost(ratio(f"{name} inner"), ratio(f"{name} outer")) for name in names}
     console.print(task.name, costs)
     return costs

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import optuna
 import torch
-from quality_tasks import TASKS, Task
+from quality_tasks import TASKS, WITH_VARIANTS, Task
 from quality_training import Cost, Outcome, Way, sgd, train
 from quality_tuners import TUNERS, VARIANTS
 
@@ -64,7 +64,7 @@ def jobs(tasks: list[str], methods: list[str]) -> list[Job]:
     """All of these methods, those first that others are compared with.
 
     Three seeds each, on the published start where there is one; one seed for the other starts, for the papers' way and,
-    on the first task only, for the variants.
+    on one task only, for the variants.
     """
     found = []
     for task in tasks:
@@ -76,7 +76,7 @@ def jobs(tasks: list[str], methods: list[str]) -> list[Job]:
                 found += [Job(task, method, start, trial) for trial in range(POOL)]
             elif method not in VARIANTS:
                 found += [Job(task, method, start, seed) for seed in SEEDS]
-            elif task == next(iter(TASKS)):
+            elif task == WITH_VARIANTS:
                 found.append(Job(task, method, start, SEEDS[0]))
             if method == "delta_stn":
                 found += [Job(task, method, start, SEEDS[0]) for start in others]

@@ -121,3 +121,5 @@ CIFAR = Task(
 )
 
 TASKS = {task.name: task for task in (FASHION, CIFAR)}
+WITH_VARIANTS = FASHION.name
+"""The task that the variants are run on."""

@@ -79,6 +79,12 @@ def _delta_stn(
     return Way(build, cost, train_steps, WARM_UP, response=RESPONSES.get(kind))
 
 
+def _double_backward(task: Task, costs: Costs) -> Way:
+    """The papers' response as their code linearizes it: the same updates, by two reverse passes (see step_cost.py)."""
+    way = _delta_stn(task, costs, step=Linearized(antithetic=False), passes=1)
+    return replace(way, cost=replace(way.cost, inner=costs["double_backward"].inner))
+
+
 def _stn(task: Task, costs: Costs) -> Way:
     """STN (MacKay et al. 2019)."""
     return Way(lambda wrapped: STN(wrapped, **_optimizers(task)), costs["stn"], TRAIN_STEPS, WARM_UP)
@@ -96,6 +102,7 @@ TUNERS: dict[str, Callable[[Task, Costs], Way]] = {
 """All starts for the first, the published one for the others."""
 
 VARIANTS: dict[str, Callable[[Task, Costs], Way]] = {
+    "double_backward": _double_backward,
     "papers": partial(_delta_stn, step=Linearized(antithetic=False), passes=1),
     "every_second": partial(_delta_stn, step=EveryKth(Linearized(), 2), passes=1),
     "every_eighth": partial(_delta_stn, step=EveryKth(Linearized(), 8), passes=0.25),

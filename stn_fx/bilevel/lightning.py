@@ -5,7 +5,7 @@ Lightning brings the loop, loggers, checkpoints and progress; the updates are th
 optimization.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch.optim import Optimizer
 
+from stn_fx.bilevel.generators import Generators
 from stn_fx.bilevel.objective import Loss, Objective
+from stn_fx.bilevel.reader import BatchReader
 from stn_fx.bilevel.steps import DeltaSTN, DeltaSTNOptions
 from stn_fx.bilevel.updates import validation_loss
 from stn_fx.errors import InputError
@@ -31,11 +33,13 @@ class TunedLightningModule(LightningModule):
             same.
         loss: as for `DeltaSTN`.
         warmup_epochs: epochs before the first outer step.
-        train_steps: T_train, inner steps between two outer steps.
+        train_steps: T_train, inner steps between two rounds of outer steps.
+        valid_steps: T_valid, outer steps in a round.
         options: of `DeltaSTN`: optimizers, entropy weight, updates.
 
     Raises:
-        InputError: (at the start of `fit`) Lightning runs several processes, or scales losses in half precision.
+        InputError: the validation loader is empty; (at the start of `fit`) Lightning runs several processes, or scales
+            losses in half precision.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class TunedLightningModule(LightningModule):
         *,
         warmup_epochs: int = 1,
         train_steps: int = 5,
+        valid_steps: int = 1,
         options: DeltaSTNOptions | None = None,
     ) -> None:
         super().__init__()
@@ -54,8 +59,10 @@ class TunedLightningModule(LightningModule):
         self.steps = DeltaSTN(stn, loss, **(options or {}))
         self.warmup_epochs = warmup_epochs
         self.train_steps = train_steps
-        self._valid = valid
-        self._validation = self._endless()
+        self.valid_steps = valid_steps
+        self._generators = Generators(stn, {"valid": valid})
+        self._reader = BatchReader(valid, "validation", self._generators)
+        self._validation = self._reader.endless()
         self._inner = 0
 
     def configure_optimizers(self) -> list[Optimizer]:
@@ -84,7 +91,8 @@ class TunedLightningModule(LightningModule):
         self.log("train_loss", record.loss, prog_bar=True)
         due = self._inner % (self.train_steps * self.steps.updates.accumulate) == 0
         if due and self.current_epoch >= self.warmup_epochs:
-            self.steps.outer_step(next(self._validation))
+            for _ in range(self.valid_steps):
+                self.steps.outer_step(next(self._validation))
         self.log_dict(self.stn.hparams.values())
 
     def validation_step(self, batch: Any, batch_index: int) -> None:
@@ -95,17 +103,17 @@ class TunedLightningModule(LightningModule):
         self.log("valid_loss", loss, prog_bar=True, batch_size=rows.stop - rows.start)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["stn_fx"] = {"inner": self._inner, "algorithm": self.steps.state_dict()}
+        checkpoint["stn_fx"] = {
+            "inner": self._inner,
+            "algorithm": self.steps.state_dict(),
+            "valid": self._reader.state(),
+            "loaders": self._generators.state()["loaders"],
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._inner = checkpoint["stn_fx"]["inner"]
-        self.steps.load_state_dict(checkpoint["stn_fx"]["algorithm"])
-
-    def _endless(self) -> Iterator[Any]:
-        while True:
-            empty = True
-            for batch in self._valid:
-                empty = False
-                yield batch
-            if empty:
-                raise InputError("The validation loader is empty. Give it at least one batch (mind drop_last=True).")
+        state = checkpoint["stn_fx"]
+        self._inner = state["inner"]
+        before = self._generators.state()
+        self._reader.restore(state["valid"])
+        self._generators.restore(before | {"loaders": state["loaders"]})
+        self.steps.load_state_dict(state["algorithm"])
