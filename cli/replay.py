@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from stn_fx.bilevel.follow_schedule import FollowSchedule
 from stn_fx.bilevel.live_progress import LiveProgress
 from stn_fx.bilevel.recorded_run import RecordedRun, read_run
 from stn_fx.bilevel.records import SchedulePoint
-from stn_fx.bilevel.replay import FollowSchedule
 from stn_fx.bilevel.run_folder import RunFolder
 
 from .tables import replay_table, write_comparison

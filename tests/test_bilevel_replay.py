@@ -6,7 +6,7 @@ import torch
 from bilevel_fake import FakeSelfTuningModule, classification_batches
 from torch import nn
 
-from stn_fx.bilevel import BilevelTrainer, Callback, FixedHyperparameters, FollowSchedule, RunFolder, read_run
+from stn_fx.bilevel import BilevelTrainer, Callback, FixedHyperparameters, FollowSchedule, RunFolder, read_run, replay
 from stn_fx.bilevel.html_report import html_report, trust_notes
 from stn_fx.errors import InputError
 
@@ -34,11 +34,18 @@ def test_a_run_reads_back(run):
 
 def test_the_base_weights_of_a_tuned_run_are_those_of_plain_training_along_its_schedule(run):
     """Delta-STN's base update sees nothing of the response, so the replay must give the same weights."""
-    tuned, replayed = make_trainer(), make_trainer(FixedHyperparameters)
+    tuned, replayed = make_trainer(), make_trainer().stn
     tuned.fit(4, warmup_epochs=1, train_steps=2)
-    replayed.fit(4, callbacks=[FollowSchedule(read_run(run).result.schedule)])
-    torch.testing.assert_close(replayed.stn.model.weight, tuned.stn.model.weight, rtol=1e-9, atol=1e-12)
-    assert replayed.stn.hparams.values() == pytest.approx(tuned.stn.hparams.values())
+    before = replayed.G.detach().clone()
+    replay(replayed, read_run(run).result.schedule, 4, train=TRAIN, valid=VALID)
+    torch.testing.assert_close(replayed.model.weight, tuned.stn.model.weight, rtol=1e-9, atol=1e-12)
+    assert replayed.hparams.values() == pytest.approx(tuned.stn.hparams.values())
+    assert torch.equal(replayed.G, before)
+
+
+def test_a_schedule_whose_end_is_not_reached_is_told(run):
+    with pytest.warns(UserWarning, match="goes on to inner step 16, and this run ends after 8"):
+        replay(make_trainer().stn, read_run(run).result.schedule, 2, train=TRAIN, valid=VALID)
 
 
 def test_values_at_a_bound_are_followed(run):

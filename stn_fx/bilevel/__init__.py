@@ -9,12 +9,12 @@ from stn_fx.bilevel.apply import UpdateOptions
 from stn_fx.bilevel.callbacks import Callback, KeepBest, SafePoint
 from stn_fx.bilevel.checkpoint import Checkpoint
 from stn_fx.bilevel.evaluation import Evaluation, evaluate
+from stn_fx.bilevel.follow_schedule import FollowSchedule, replay
 from stn_fx.bilevel.interruption import Terminated
 from stn_fx.bilevel.live_progress import LiveProgress
 from stn_fx.bilevel.objective import Objective
 from stn_fx.bilevel.recorded_run import RecordedRun, read_run
 from stn_fx.bilevel.records import EpochRecord, FitResult, SchedulePoint
-from stn_fx.bilevel.replay import FollowSchedule
 from stn_fx.bilevel.response_step import EveryKth, Linearized, OnFraction, WithoutLinearization
 from stn_fx.bilevel.run_folder import RunFolder
 from stn_fx.bilevel.sampling import GlobalSampling, PerBatch, PerExample
@@ -65,5 +65,6 @@ __all__ = [
     "cosine",
     "evaluate",
     "read_run",
+    "replay",
     "verdicts",
 ]

@@ -77,7 +77,9 @@ class RunFolder(Callback):
             )
 
     def _write_tables(self, trainer: "BilevelTrainer", result: FitResult) -> None:
-        self._json("schedule.json", [asdict(point) for point in result.schedule])
+        # A point a line: a long run has tens of thousands of them.
+        points = ",\n".join(json.dumps(asdict(point)) for point in result.schedule)
+        self._text("schedule.json", f"[\n{points}\n]\n")
         self._csv("schedule.csv", [flat(point) for point in result.schedule])
         self._json("history.json", [asdict(record) for record in result.history])
         if result.history:
@@ -86,7 +88,9 @@ class RunFolder(Callback):
         self._json(MARKER, summary(result, trainer.stn.hparams.specs()))
 
     def _json(self, name: str, content: Any) -> None:
-        text = json.dumps(content, indent=2) + "\n"
+        self._text(name, json.dumps(content, indent=2) + "\n")
+
+    def _text(self, name: str, text: str) -> None:
         write_atomically(self.path / name, lambda path: _write_text(path, text))
 
     def _csv(self, name: str, rows: list[dict[str, Any]]) -> None:

@@ -1,33 +1,76 @@
 """Training along hyperparameters that an earlier run found: the schedule experiment of the STN paper, section 4.1.
 
-The base pass alone trains: no response parameters, no perturbations, no validation gradient. `FollowSchedule` turns
-`FixedHyperparameters` into such a run::
+The base pass alone trains: no response is learned, nothing is perturbed, no validation gradient is taken::
 
-    trainer = BilevelTrainer(stn, train=train, valid=valid, algorithm=FixedHyperparameters(stn))
-    trainer.fit(epochs, callbacks=[FollowSchedule(read_run("runs/mine").result.schedule)])
+    stn = transform(model, hparams, example_inputs)  # untrained
+    result = replay(stn, read_run("runs/mine").result.schedule, epochs, train=train, valid=valid)
+
+`FollowSchedule` is the callback that does it, for runs that need more of the trainer.
 
 `schedule.json` is a list of points in time order, each `{"epoch", "inner_step", "outer_step", "values": {name: value},
 "scales": {name: scale}}`; the values of a point hold from its inner step to that of the next one.
 """
 
 import math
+import warnings
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 
 from stn_fx.bilevel.algorithm import InnerRecord
+from stn_fx.bilevel.apply import UpdateOptions
 from stn_fx.bilevel.callbacks import Callback
+from stn_fx.bilevel.objective import Loss, Objective
+from stn_fx.bilevel.optimizers import OptimizerChoice
+from stn_fx.bilevel.reader import length_of
 from stn_fx.bilevel.records import FitResult, SchedulePoint
+from stn_fx.bilevel.steps import FixedHyperparameters
+from stn_fx.bilevel.trainer import BilevelTrainer
 from stn_fx.errors import InputError
 from stn_fx.hparams import HyperparameterSpace
 
 if TYPE_CHECKING:
-    from stn_fx.bilevel.trainer import BilevelTrainer
+    from stn_fx.transform import SelfTuningModule
 
 INSIDE = 1e-6
 """Share of its range that a value at a bound is moved inside: raw values of the bounds themselves are infinite."""
+
+
+def replay(
+    stn: "SelfTuningModule",
+    schedule: Sequence[SchedulePoint],
+    epochs: int,
+    *,
+    train: Iterable[Any],
+    valid: Iterable[Any],
+    loss: Loss | Objective = F.cross_entropy,
+    base_optimizer: OptimizerChoice = None,
+    updates: UpdateOptions | None = None,
+    perturbed: bool = False,
+    seed: int = 0,
+    callbacks: Sequence[Callback] = (),
+) -> FitResult:
+    """Train a model from scratch along a schedule: all of it, or `schedule[-1:]` for its final values.
+
+    Args:
+        stn: a wrapped model with the hyperparameters of the schedule, untrained; trained in place.
+        schedule: as `result.schedule` or `read_run(folder).result.schedule` gives it.
+        epochs: passes over the training loader.
+        train: training batches.
+        valid: validation batches, for the history.
+        loss: as for `DeltaSTN`; so are `base_optimizer` and `updates`.
+        perturbed: see `FollowSchedule`; so is `seed`.
+        callbacks: further ones, such as `KeepBest` or `RunFolder`.
+
+    Raises:
+        InputError: as `FollowSchedule` and `BilevelTrainer.fit`.
+    """
+    algorithm = FixedHyperparameters(stn, loss, base_optimizer=base_optimizer, updates=updates)
+    trainer = BilevelTrainer(stn, train=train, valid=valid, algorithm=algorithm)
+    return trainer.fit(epochs, callbacks=[FollowSchedule(schedule, perturbed, seed), *callbacks])
 
 
 class FollowSchedule(Callback):
@@ -41,6 +84,9 @@ class FollowSchedule(Callback):
 
     Raises:
         InputError: the schedule is empty, or (at the start of `fit`) names other hyperparameters than the model has.
+
+    Warns:
+        UserWarning: the run ends before the schedule does.
     """
 
     def __init__(self, schedule: Sequence[SchedulePoint], perturbed: bool = False, seed: int = 0) -> None:
@@ -52,7 +98,7 @@ class FollowSchedule(Callback):
         self._steps = [point.inner_step for point in self.schedule]
         self._inner = 0
 
-    def fit_started(self, trainer: "BilevelTrainer", epochs: int, result: FitResult) -> None:
+    def fit_started(self, trainer: BilevelTrainer, epochs: int, result: FitResult) -> None:
         if trainer.algorithm.tunes:
             raise InputError(
                 "FollowSchedule sets the hyperparameters, and this algorithm tunes them. Use FixedHyperparameters."
@@ -65,8 +111,15 @@ class FollowSchedule(Callback):
             )
         self._inner = 0
         self._set(trainer.stn.hparams)
+        batches, last = length_of(trainer.train), self._steps[-1]
+        if batches is not None and len(self.schedule) > 1 and epochs * batches < last:
+            warnings.warn(
+                f"The schedule goes on to inner step {last}, and this run ends after {epochs * batches}: the rest is "
+                f"not followed. Train with the same batch size and at least as many epochs.",
+                stacklevel=4,
+            )
 
-    def inner_step_ended(self, trainer: "BilevelTrainer", epoch: int, record: InnerRecord) -> None:
+    def inner_step_ended(self, trainer: BilevelTrainer, epoch: int, record: InnerRecord) -> None:
         self._inner += 1
         self._set(trainer.stn.hparams)
 
