@@ -39,7 +39,7 @@ def transform(
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     *,
     batch_axis: BatchAxis = None,
-    response: str | LowRank = "rowwise",
+    response: str | LowRank | None = "rowwise",
     rules: Registry | None = None,
     seed: int | None = None,
     image_format: ImageFormat | None = None,
@@ -54,7 +54,8 @@ def transform(
         batch_axis: where the batch lies in the inputs: an int, or one per input (flattened). None = the first of axes 0
             and 1 along which the examples are independent; a model that is independent along both (a linear layer over
             a sequence) is taken as batch-first, so a sequence-first one needs ``batch_axis=1``.
-        response: "rowwise" (the papers'), or ``LowRank(r)``.
+        response: "rowwise" (the papers'), ``LowRank(r)``, or None for a model that only trains, at hyperparameters that
+            are given: with `FixedHyperparameters` or along a schedule.
         rules: operator rules; None = the built-in ones (``stn_fx.rules.load_builtin_rules().copy()`` to add to).
         seed: of the response's initial values and of all masks; None = torch's initial seed.
         image_format: the normalisation of image inputs, which brightness, contrast, saturation and hue need.
@@ -71,8 +72,8 @@ def transform(
             f"The model is in a {type(model).__name__}. Pass the model itself (its .module): under torchrun gradients "
             f"are averaged over the processes in every update, without a wrapper."
         )
-    if response != "rowwise" and not isinstance(response, LowRank):
-        raise InputError(f"response={response!r} is neither 'rowwise' nor LowRank(r).")
+    if response is not None and response != "rowwise" and not isinstance(response, LowRank):
+        raise InputError(f"response={response!r} is neither 'rowwise' nor LowRank(r) nor None.")
     if rules is not None and not isinstance(rules, Registry):
         raise InputError(f"rules is a {type(rules).__name__}; pass a registry: load_builtin_rules().copy(), added to.")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
@@ -95,7 +96,7 @@ class SelfTuningModule(nn.Module):
         model: nn.Module,
         hparams: HparamsArgument,
         batch_axis: BatchAxis,
-        response: str | LowRank,
+        response: str | LowRank | None,
         rules: Registry | None,
         seed: int | None,
         image_format: ImageFormat | None = None,
@@ -105,6 +106,7 @@ class SelfTuningModule(nn.Module):
         self.model = model
         self._selections = parse_hparams(hparams)
         self._batch_axis = batch_axis
+        self._responds = response is not None
         self._structure = response if isinstance(response, LowRank) else None
         self._rules = rules  # None = the built-in ones, which need not be pickled
         self._seed = torch.initial_seed() if seed is None else seed
@@ -128,8 +130,9 @@ class SelfTuningModule(nn.Module):
         # Not every step that runs the model sees to it by itself: one that draws random numbers moved the generators.
         with left_as_found(self.model):
             compiled = compile_model(
-                self.model, args, kwargs, self._selections, self._structure, self._batch_axis, rules, self._image_format
-            )
+                self.model, args, kwargs, self._selections, self._structure, self._batch_axis, rules,
+                self._image_format, self._responds,
+            )  # fmt: skip
         if self._example is not None:
             self._check_same_parameters(compiled)
         else:
@@ -451,6 +454,11 @@ class SelfTuningModule(nn.Module):
         return state_tensors(self.model, compiled.captured)
 
     def _response(self) -> dict[str, Tensor]:
+        if not self._responds:
+            raise StnError(
+                "The model was wrapped with response=None: it trains at given hyperparameters, and has neither a "
+                "linearized nor a response pass. Use FixedHyperparameters, or transform the model with a response."
+            )
         return {
             f"{name}.{part}": parameter
             for name, module in self.responses().items()

@@ -6,9 +6,19 @@ import torch
 from bilevel_fake import FakeSelfTuningModule, classification_batches
 from torch import nn
 
-from stn_fx.bilevel import BilevelTrainer, Callback, FixedHyperparameters, FollowSchedule, RunFolder, read_run, replay
+import stn_fx
+from stn_fx.bilevel import (
+    BilevelTrainer,
+    Callback,
+    FixedHyperparameters,
+    FollowSchedule,
+    RunFolder,
+    SchedulePoint,
+    read_run,
+    replay,
+)
 from stn_fx.bilevel.html_report import html_report, trust_notes
-from stn_fx.errors import InputError
+from stn_fx.errors import InputError, StnError
 
 TRAIN, VALID = classification_batches(0), classification_batches(1)
 
@@ -41,6 +51,42 @@ def test_the_base_weights_of_a_tuned_run_are_those_of_plain_training_along_its_s
     torch.testing.assert_close(replayed.model.weight, tuned.stn.model.weight, rtol=1e-9, atol=1e-12)
     assert replayed.hparams.values() == pytest.approx(tuned.stn.hparams.values())
     assert torch.equal(replayed.G, before)
+
+
+@pytest.fixture
+def wrapped():
+    def make(response="rowwise"):
+        torch.manual_seed(0)
+        layers = [nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.2), nn.Linear(6, 3)]
+        model = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+        return stn_fx.transform(
+            nn.Sequential(model, *layers), "dropout,weight_decay", (torch.randn(4, 8),), response=response, seed=0
+        )
+
+    return make
+
+
+def test_a_model_without_a_response_trains_as_one_with_a_response_does(wrapped):
+    batches = [[(x.float(), y) for x, y in each] for each in (TRAIN, VALID)]
+    plain = wrapped(None)
+    point = SchedulePoint(0, 0, 0, wrapped().hparams.values(), {})
+    result = replay(plain, [point], 1, train=batches[0], valid=batches[1])
+    fixed = BilevelTrainer(
+        again := wrapped(), train=batches[0], valid=batches[1], algorithm=FixedHyperparameters(again)
+    ).fit(1)
+    assert result.history[0].valid_loss == pytest.approx(fixed.history[0].valid_loss, rel=1e-5)
+    assert not list(plain.response_parameters())
+    assert "no response was asked for" in str(plain.report)
+    assert "nothing responds" in str(plain.report)
+
+
+def test_what_needs_a_response_says_so_where_there_is_none(wrapped):
+    stn, x = wrapped(None), torch.randn(4, 8)
+    for call in (lambda: stn.linearize(x), lambda: stn.respond(x), lambda: stn_fx.check(stn, (x,))):
+        with pytest.raises(StnError, match="response=None"):
+            call()
+    with pytest.raises(InputError, match="leave response=None to runs that do not tune"):
+        stn_fx.DeltaSTN(stn)
 
 
 def test_a_schedule_whose_end_is_not_reached_is_told(run):

@@ -2,7 +2,7 @@
 
 The base pass alone trains: no response is learned, nothing is perturbed, no validation gradient is taken::
 
-    stn = transform(model, hparams, example_inputs)  # untrained
+    stn = transform(model, hparams, example_inputs, response=None)  # untrained
     result = replay(stn, read_run("runs/mine").result.schedule, epochs, train=train, valid=valid)
 
 `FollowSchedule` is the callback that does it, for runs that need more of the trainer.
@@ -56,7 +56,8 @@ def replay(
     """Train a model from scratch along a schedule: all of it, or `schedule[-1:]` for its final values.
 
     Args:
-        stn: a wrapped model with the hyperparameters of the schedule, untrained; trained in place.
+        stn: a wrapped model with the hyperparameters of the schedule, untrained; trained in place. It needs no
+            response: `transform(..., response=None)`.
         schedule: as `result.schedule` or `read_run(folder).result.schedule` gives it.
         epochs: passes over the training loader.
         train: training batches.

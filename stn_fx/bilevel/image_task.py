@@ -1,7 +1,7 @@
 """A classification of images as a task that can be run many times: same split, any seed, tuned or fixed."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -34,7 +34,7 @@ class ImageTask:
     build: Callable[[], nn.Module]
     splits: Splits
     hparams: str
-    response: str | LowRank = "rowwise"
+    response: str | LowRank | None = "rowwise"
     batch_size: int = 64
     device: torch.device = CPU
 
@@ -49,10 +49,10 @@ class ImageTask:
     def fixed(
         self, recipe: Recipe, seed: int, callbacks: Sequence[Callback] = (), resume_from: Path | None = None
     ) -> Run:
-        """Train at the initial hyperparameters; else as `tuned`."""
+        """Train at the initial hyperparameters, without a response; else as `tuned`."""
         loaders = image_batches(self.splits, self.batch_size, seed)
         parts = (loaders.train, loaders.valid, loaders.test)
-        return fixed_run(self.wrapped(seed), recipe, *parts, callbacks, resume_from)
+        return fixed_run(replace(self, response=None).wrapped(seed), recipe, *parts, callbacks, resume_from)
 
     def wrapped(self, seed: int) -> SelfTuningModule:
         """A new, untrained model, captured with a batch of the training data.

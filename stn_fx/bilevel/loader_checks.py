@@ -24,7 +24,7 @@ from stn_fx.bilevel.algorithm import evaluation_mode, training_mode
 from stn_fx.bilevel.batch import Batch, Inputs
 from stn_fx.bilevel.objective import Objective
 from stn_fx.bilevel.reader import sampler_of
-from stn_fx.bilevel.updates import linearized_loss, response_loss
+from stn_fx.bilevel.updates import linearized_loss, named_values, response_loss, validation_loss
 from stn_fx.errors import InputError
 
 if TYPE_CHECKING:
@@ -69,19 +69,25 @@ def require_usable_losses(stn: "SelfTuningModule", objective: Objective, train: 
     Raises:
         InputError: a loss has the wrong shape, or does not depend on the model's output in a differentiable way.
     """
-    with training_mode(stn):
-        size = train.rows.stop - train.rows.start
-        raw_BH = stn.hparams.raw.detach().expand(size, -1)
-        losses = {"training loss": linearized_loss(stn, objective, train, raw_BH)}
-    with evaluation_mode(stn), torch.enable_grad():
-        losses["validation loss"] = response_loss(stn, objective, valid)
+    size = train.rows.stop - train.rows.start
+    raw_BH = stn.hparams.raw.detach().expand(size, -1)
     responses = [parameter for parameter in stn.response_parameters() if parameter.requires_grad]
+    if responses:
+        with training_mode(stn):
+            losses = {"training loss": linearized_loss(stn, objective, train, raw_BH)}
+        with evaluation_mode(stn), torch.enable_grad():
+            losses["validation loss"] = response_loss(stn, objective, valid)
+    else:  # the model only trains
+        with evaluation_mode(stn), torch.enable_grad():
+            losses = {
+                "training loss": objective.training_loss(train.feed(stn), train, named_values(stn, raw_BH)),
+                "validation loss": validation_loss(stn, objective, valid),
+            }
+    # The response reaches a loss through the model's output alone; a penalty on weights does not depend on it.
+    parameters = responses or [parameter for parameter in stn.base_parameters() if parameter.requires_grad]
     for name, loss in losses.items():
-        # The response reaches a loss through the model's output alone; a penalty on weights would not depend on it.
-        reached = loss.requires_grad and (
-            not responses or any(each is not None for each in torch.autograd.grad(loss, responses, allow_unused=True))
-        )
-        if not reached:
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else ()
+        if all(gradient is None for gradient in gradients):
             raise InputError(
                 f"The {name} does not depend on the model's output in a differentiable way (detached, converted, or "
                 f"made of integers?), so there is nothing to learn from. Compute it from the output with torch "

@@ -53,9 +53,10 @@ def resolve_optimizer(
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not trained:
+        hint = ", and leave response=None to runs that do not tune" if role == "response" else ""
         raise InputError(
             f"There is nothing for the {role} optimizer: no parameter of {SOURCES[role]} requires a gradient. Call "
-            f"requires_grad_() on those to train, before the transform."
+            f"requires_grad_() on those to train, before the transform{hint}."
         )
     if isinstance(choice, Optimizer):
         optimizer = choice

@@ -64,8 +64,9 @@ def compile_model(
     batch_axis: BatchAxis,
     registry: Registry,
     image_format: ImageFormat | None = None,
+    responds: bool = True,
 ) -> CompiledModel:
-    """Compile ``model`` for these example inputs.
+    """Compile ``model`` for these example inputs; without responses where it does not have to respond.
 
     Raises:
         CaptureError: the forward cannot be captured.
@@ -93,6 +94,8 @@ def compile_model(
     if not any(each.conditioned for each in parameters):
         reasons = "; ".join(dict.fromkeys(f"{each.name}: {each.reason}" for each in parameters[:8]))
         raise CaptureError(f"No parameter of {type(model).__name__} can respond to hyperparameters. {reasons}")
+    if not responds:
+        parameters, effective = [each.without_response() for each in parameters if not each.is_effective], {}
     found = find_sites(captured.training, model, registry)
     weights = {name: p.ndim for name, p in model.named_parameters() if p.requires_grad}
     sites, hyperparameters, chosen = plan_sites(found, selections, analysed["training"], _image_size(captured), weights)

@@ -45,6 +45,12 @@ class ParameterPlan:
         """Whether the parameter's value differs per example."""
         return self.structure in ("row-wise", "low-rank", "exact", "effective")
 
+    def without_response(self) -> "ParameterPlan":
+        """The same parameter where nothing shall respond."""
+        if not self.conditioned:
+            return self
+        return replace(self, structure="none", rule="", through=(), reason="no response was asked for")
+
     def response_scalars(self, hyperparameters: int) -> int:
         """Number of response parameters that the structure adds."""
         rows = self.shape[self.row_axis] if self.shape else 1

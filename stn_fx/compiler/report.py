@@ -174,6 +174,8 @@ class Report:
 
 
 def _cost(compiled: CompiledModel, stn: "SelfTuningModule") -> tuple[UpdateCost | None, str]:
+    if not list(stn.response_parameters()):
+        return None, "nothing responds, so an update is an ordinary one"
     if compiled.predicted_cost is None:  # counting takes a second or two: once for each compiled model
         try:
             compiled.predicted_cost = (predict_cost(compiled, stn), "")
