@@ -243,7 +243,7 @@ def table(findings: Findings, window: int) -> Table:
     """Cosines by windows, means of the responses of a way."""
     shown = Table(title="cosine of hypergradient and retrained differences", title_justify="left")
     for column in ("way", "median", *(f"to {(w + 1) * window}" for w in range(findings.differences_SWH.shape[1]))):
-        shown.add_column(column, justify="left" if column == "way" else "right")
+        shown.add_column(column, justify="left" if column == "way" else "right", no_wrap=column == "way")
     halves = findings.between_halves()
     shown.add_row("differences among themselves", *(f"{c:.2f}" for c in (statistics.median(halves), *halves)))
     for way in findings.predicted_RWH:

@@ -109,12 +109,12 @@ def summarize(chains: list[Chain]) -> list[dict[str, Any]]:
     rows = []
     for (task, method, start), members in groups.items():
         for budget in BUDGETS if method in SEARCHES else (TUNING_BUDGET,):
-            chosen = [run for chain in members if (run := chain.chosen(budget)) is not None]
-            unfinished = method in SEARCHES and min(chain.compute for chain in members) < budget - TOLERANCE
-            if len(chosen) < len(members) or unfinished:
+            spent = [each for each in members if method not in SEARCHES or each.compute >= budget - TOLERANCE]
+            chosen = [run for chain in spent if (run := chain.chosen(budget)) is not None]
+            if not chosen:
                 continue
             row: dict[str, Any] = {"task": task, "method": method, "start": start, "plain_runs": budget}
-            row["seeds"] = len(members) if method != "random" else f"{ORDERS} orders"
+            row["seeds"] = len(chosen) if method != "random" else f"{ORDERS} orders"
             for key in ("valid_loss", "test_loss", "test_accuracy"):
                 values = [run[key] for run in chosen]
                 spread = statistics.stdev(values) if len(values) > 1 else math.nan
@@ -189,7 +189,10 @@ def _draw_curves(path: Path, chains: list[Chain]) -> None:
             if chain.task == task:
                 groups[f"{chain.method} {chain.start}".replace("_", "-").strip()].append(chain)
         for label, members in groups.items():
-            x, mean, spread = _mean_curve(members)
+            longest = max(chain.compute for chain in members)
+            x, mean, spread = _mean_curve(
+                [each for each in members if each.compute > 0.99 * longest]
+            )  # not those under way
             (line,) = ax.plot(x, mean, label=label, lw=2 if label.startswith("delta") else 1)
             low, high = ([m + s * e for m, e in zip(mean, spread, strict=True)] for s in (-1, 1))
             ax.fill_between(x, low, high, alpha=0.15, color=line.get_color(), lw=0)
