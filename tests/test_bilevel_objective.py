@@ -56,6 +56,11 @@ def test_autocast_does_not_round_the_smoothing_away():
     torch.testing.assert_close(targets, soft_targets(OUTPUT.float(), TARGET, smoothing_B))
 
 
+def test_soft_targets_of_another_shape_are_refused():
+    with pytest.raises(InputError, match=r"shape \(4,\), the scores \(4, 3\)"):
+        soft_targets(OUTPUT, torch.rand(4), torch.zeros(4))
+
+
 def test_one_tensor_is_one_input():
     objective = Objective(train=lambda *_: None, inputs=lambda batch: batch["x"])
     x = torch.randn(5, 3)

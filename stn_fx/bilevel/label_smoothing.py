@@ -33,12 +33,13 @@ def soft_targets(output: Tensor, target: Tensor, smoothing_B: Tensor) -> Tensor:
             "every example as hyperparameters['label_smoothing'], or leave label_smoothing out."
         )
     classes = output.shape[1]
-    if target.is_floating_point() and target.shape != output.shape:
-        raise InputError(
-            f"label_smoothing: the target's distributions have shape {tuple(target.shape)}, the scores "
-            f"{tuple(output.shape)}. Give both the same shape, or class indices as whole numbers."
-        )
-    if not target.is_floating_point():
+    if target.is_floating_point():
+        if target.shape != output.shape:
+            raise InputError(
+                f"label_smoothing: the target's distributions have shape {tuple(target.shape)}, the scores "
+                f"{tuple(output.shape)}. Give both the same shape, or class indices as whole numbers."
+            )
+    else:
         if target.shape != output.shape[:1] + output.shape[2:]:
             raise InputError(
                 f"label_smoothing: the target has shape {tuple(target.shape)}, which does not fit scores of shape "

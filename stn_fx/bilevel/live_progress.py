@@ -36,7 +36,6 @@ class LiveProgress(Callback):
         )
         self.live = Live(console=self.console, refresh_per_second=4, auto_refresh=False)
         self.loss: float | None = None
-        self.inner = 0
 
     def fit_started(self, trainer: "BilevelTrainer", epochs: int, result: FitResult) -> None:
         self.task = self.progress.add_task("", total=epochs, completed=len(result.history))
@@ -46,7 +45,6 @@ class LiveProgress(Callback):
         self._show(result)
 
     def inner_step_ended(self, trainer: "BilevelTrainer", epoch: int, record: InnerRecord) -> None:
-        self.inner += 1
         self.loss = record.loss if self.loss is None else SMOOTHING * self.loss + (1 - SMOOTHING) * record.loss
 
     def outer_step_ended(self, trainer: "BilevelTrainer", epoch: int, result: FitResult) -> None:

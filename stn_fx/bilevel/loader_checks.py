@@ -24,7 +24,7 @@ from stn_fx.bilevel.algorithm import evaluation_mode, training_mode
 from stn_fx.bilevel.batch import Batch, Inputs
 from stn_fx.bilevel.objective import Objective
 from stn_fx.bilevel.reader import sampler_of
-from stn_fx.bilevel.updates import linearized_loss, named_values, response_loss, validation_loss
+from stn_fx.bilevel.updates import linearized_loss, named_values, validation_loss, validation_loss_of_response
 from stn_fx.errors import InputError
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def require_usable_losses(stn: "SelfTuningModule", objective: Objective, train: 
         with training_mode(stn):
             losses = {"training loss": linearized_loss(stn, objective, train, raw_BH)}
         with evaluation_mode(stn), torch.enable_grad():
-            losses["validation loss"] = response_loss(stn, objective, valid)
+            losses["validation loss"] = validation_loss_of_response(stn, objective, valid)
     else:  # the model only trains
         with evaluation_mode(stn), torch.enable_grad():
             losses = {

@@ -131,7 +131,10 @@ class BilevelTrainer:
         return _Fit(self, epochs, warmup_epochs, train_steps, valid_steps, callbacks, measure_trust).run(resume_from)
 
     def evaluate(self, loader: Iterable[Any]) -> Evaluation:
-        """Mean loss and accuracy of the model as it stands, in evaluation mode; a run that goes on is left alone."""
+        """Mean loss and accuracy of the model as it stands, in evaluation mode and in the precision of the updates.
+
+        A run that goes on is left alone: its generators and its pass over the same loader.
+        """
         loaders = {"train": self.train, "valid": self.valid, "evaluated": loader}
         with Generators(self.stn, loaders).untouched(), self.algorithm.precision():
             return evaluate(self.stn, self.algorithm.objective, beside_a_pass(loader))

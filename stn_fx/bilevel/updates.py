@@ -141,7 +141,7 @@ def _linearized(stn: "SelfTuningModule", batch: Batch, raw_BH: Tensor) -> tuple[
     return output, mixed.with_targets(output)
 
 
-def response_loss(stn: "SelfTuningModule", objective: Objective, batch: Batch) -> Tensor:
+def validation_loss_of_response(stn: "SelfTuningModule", objective: Objective, batch: Batch) -> Tensor:
     """Validation loss of the response pass at the current hyperparameters."""
     raw_BH = stn.hparams.raw.detach().expand(batch_size(stn, batch), -1)
     return objective.validation_loss(batch.feed(stn.respond, raw=raw_BH), batch, named_values(stn, raw_BH))
