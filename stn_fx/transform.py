@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -236,6 +236,12 @@ class SelfTuningModule(nn.Module):
         The primal is ``f(x; w0)`` with the hyperparameters of ``raw`` (B, H) per example, on the graph of this module's
         mode and with the base parameters detached; the tangent is ``J_w f . DeltaW(raw - current)``.
         """
+        passed = self.linearize_with_activations(*args, raw=raw, **kwargs)
+        self._watch(p + t for p, t in zip(passed.activations, passed.activation_tangents, strict=True))
+        return passed.primal, passed.tangent
+
+    def linearize_with_activations(self, *args: Any, raw: Tensor | None = None, **kwargs: Any) -> "LinearizedPass":
+        """The same with the activations that terms of the loss look at; `watching` does not see these."""
         compiled, inputs = self._prepare(args, kwargs)
         raw_BH, delta_BH = self._displacement(raw, compiled.captured.batch_size(inputs))
         graph = compiled.linearized_training if self.training else compiled.linearized_evaluation
@@ -251,10 +257,24 @@ class SelfTuningModule(nn.Module):
                 "The primal of the linearized pass requires grad, so its tangent's gradient would be wrong. Detach the "
                 "inputs that require grad."
             )
-        tangents = [_full_tangent(p, t) for p, t in zip(primals, tangents, strict=True)]
-        count = captured.output_spec.num_leaves
-        self._watch(p + t for p, t in zip(primals[count:], tangents[count:], strict=True))
-        return captured.unflatten(primals[:count]), captured.unflatten(tangents[:count])
+        return _linearized(captured, primals, tangents)
+
+    def linearize_and_train(self, *args: Any, raw: Tensor, **kwargs: Any) -> "LinearizedPass":
+        """The linearized pass on the training graph as the pass that trains the model: one forward for both updates.
+
+        The primal is differentiable in the base parameters and running statistics follow it, else as `linearize`.
+        Differentiate a loss of the primal by ``backward(inputs=base parameters)``, and one of ``primal.detach() +
+        tangent`` by ``backward(inputs=response parameters)``: without ``inputs`` the tangent's gradient would reach the
+        base parameters too, and not all of it.
+        """
+        compiled, inputs = self._prepare(args, kwargs)
+        raw_BH, delta_BH = self._displacement(raw, compiled.captured.batch_size(inputs))
+        self._require_one_per_batch(raw_BH)
+        captured, values = compiled.captured.training, self.hparams.constrain(raw_BH.detach())
+        with without_autocast(self.model):
+            state, response = self._state(compiled), self._response()
+            primals, tangents = compiled.joint(state, response, values, delta_BH, self._draws(), *inputs)
+        return _linearized(captured, primals, tangents)
 
     def respond(self, *args: Any, raw: Tensor | None = None, **kwargs: Any) -> Any:
         """Response pass ``f(x; w0 + DeltaW(raw_i - current))`` for every example i, always on the evaluation graph.
@@ -485,6 +505,15 @@ class SelfTuningModule(nn.Module):
         return compiled, pytree.tree_leaves((args, kwargs))
 
 
+class LinearizedPass(NamedTuple):
+    """Trees like the model's output, and the activations (B, ...) that terms of the loss look at, in their order."""
+
+    primal: Any
+    tangent: Any
+    activations: list[Tensor]
+    activation_tangents: list[Tensor]
+
+
 @dataclass(frozen=True)
 class _Capture:
     """One compiled form of the model, and what it holds for."""
@@ -501,6 +530,13 @@ class _Capture:
 def tree_detached(tree: Any) -> Any:
     """The tree with its tensors detached, so that an example keeps no graph alive."""
     return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def _linearized(captured: CapturedGraph, primals: list[Any], tangents: list[Any]) -> LinearizedPass:
+    tangents = [_full_tangent(p, t) for p, t in zip(primals, tangents, strict=True)]
+    count = captured.output_spec.num_leaves
+    trees = (captured.unflatten(primals[:count]), captured.unflatten(tangents[:count]))
+    return LinearizedPass(*trees, primals[count:], tangents[count:])
 
 
 def _full_tangent(primal: Any, tangent: Any) -> Any:

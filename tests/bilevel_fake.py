@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from stn_fx.errors import StnError
 from stn_fx.hparams import HyperparameterSpace, parse_hparams, resolve
 from stn_fx.rules.structure import Exact
+from stn_fx.transform import LinearizedPass
 
 
 class FakeSelfTuningModule(nn.Module):
@@ -73,6 +74,9 @@ class FakeSelfTuningModule(nn.Module):
         with torch.no_grad():
             primal = self.model(x)
         return primal, torch.einsum("boi,bi->bo", self._change(raw), x)
+
+    def linearize_with_activations(self, x: Tensor, raw: Tensor) -> LinearizedPass:
+        return LinearizedPass(*self.linearize(x, raw), [], [])
 
     def respond(self, x: Tensor, raw: Tensor) -> Tensor:
         self.calls.append(("respond", self.training))

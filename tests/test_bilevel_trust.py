@@ -17,7 +17,7 @@ from stn_fx.bilevel.html_report import html_report
 from stn_fx.bilevel.plot import draw
 from stn_fx.bilevel.records import FitResult, SchedulePoint
 from stn_fx.bilevel.trust import pooled
-from stn_fx.bilevel.trust_measurement import measure, measure_response
+from stn_fx.bilevel.trust_measurement import _seed, measure, measure_response
 
 SCALE = 0.5
 
@@ -87,6 +87,33 @@ def test_its_square_is_the_share_of_the_attainable_decrease_that_is_missed(multi
     stn, best = best_ridge()
     missed = (excess(stn, multiple * best) - excess(stn, best)) / (excess(stn, 0 * best) - excess(stn, best))
     assert measured(stn, multiple * best).response_error == pytest.approx(math.sqrt(missed), abs=0.05)
+
+
+def test_terms_on_activations_count():
+    """Everything is quadratic here, so that what is delivered is the decrease itself."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 1)).double()
+    x, y = torch.randn(64, 4).double(), torch.randn(64, 1).double()
+    stn = stn_fx.transform(model, "activation_regularization@0(initial=0.5)", (x,), seed=0).train()
+    with torch.no_grad():
+        for parameter in stn.response_parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    steps = DeltaSTN(stn, lambda output, target: (output - target).square().mean(1))
+    (found,) = measure_response(steps, (x, y), 3).values()
+    noise_B = torch.randn(64, generator=torch.Generator().manual_seed(_seed(steps, 3)), dtype=torch.float64)
+    decrease_B = torch.zeros(64, dtype=torch.float64)
+    for sign in (1, -1):
+        raw_BH = stn.hparams.raw.detach() + (sign * stn.hparams.scales().detach() * noise_B)[:, None]
+        strength_B = stn.hparams.constrain(raw_BH)[:, 0]
+        passed = stn.linearize_with_activations(x, raw=raw_BH)
+        for a in (0.0, 1.0):
+            output, activation = (
+                passed.primal + a * passed.tangent,
+                passed.activations[0] + a * passed.activation_tangents[0],
+            )
+            loss_B = (output - y).square().mean(1) + strength_B * activation.square().mean(1)
+            decrease_B += (0.5 - a) * loss_B.detach()
+    assert found["delivered"] == pytest.approx(decrease_B.mean().item(), rel=1e-9)
 
 
 def test_the_learned_response_becomes_better_and_says_so():

@@ -19,6 +19,7 @@ from stn_fx.bilevel.response_step import EveryKth, Linearized, OnFraction, Witho
 from stn_fx.bilevel.run_folder import RunFolder
 from stn_fx.bilevel.sampling import GlobalSampling, PerBatch, PerExample
 from stn_fx.bilevel.schedules import LearningRateSchedule, cosine
+from stn_fx.bilevel.shared_forward import SharedForward
 from stn_fx.bilevel.steps import DeltaSTN, FixedHyperparameters
 from stn_fx.bilevel.stn import STN
 from stn_fx.bilevel.tensorboard import TensorBoard
@@ -55,6 +56,7 @@ __all__ = [
     "RunFolder",
     "SafePoint",
     "SchedulePoint",
+    "SharedForward",
     "TensorBoard",
     "Terminated",
     "Trust",

@@ -119,8 +119,8 @@ def _slopes(algorithm: Algorithm, batch: Batch, delta_BH: Tensor) -> list[Tensor
     hyperparameters = {name: value_B.detach() for name, value_B in named_values(stn, raw_BH).items()}
     with algorithm.precision(), torch.no_grad():
         mixed = mix(stn, batch, hyperparameters)
-        primal, tangent = mixed.batch.feed(stn.linearize, raw=raw_BH)
-    changing = [leaf for leaf in tree_leaves(tangent) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        passed = mixed.batch.feed(stn.linearize_with_activations, raw=raw_BH)
+    changing = [leaf for leaf in tree_leaves(passed.tangent) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     if any(leaf.ndim == 0 or leaf.shape[0] != size for leaf in changing):
         return None
     slopes = []
@@ -128,10 +128,12 @@ def _slopes(algorithm: Algorithm, batch: Batch, delta_BH: Tensor) -> list[Tensor
         a_B = torch.full_like(raw_BH[:, 0], a, requires_grad=True)
         scaled_BH = centre_H + a_B[:, None] * delta_BH
         with torch.enable_grad(), algorithm.precision():
-            output = tree_map(lambda p, t, a_B=a_B: _along(p, t, a_B), primal, tangent)
+            output = tree_map(lambda p, t, a_B=a_B: _along(p, t, a_B), passed.primal, passed.tangent)
+            pairs = zip(passed.activations, passed.activation_tangents, strict=True)
+            activations = [_along(p, t, a_B) for p, t in pairs]
             moved = mixed.with_targets(output)
             loss = objective.training_loss(output, moved, hyperparameters)
-            loss = sum(other_penalties(stn, output, hyperparameters, scaled_BH, moved), loss)
+            loss = sum(other_penalties(stn, output, hyperparameters, scaled_BH, moved, activations), loss)
             loss = loss + _decay(stn, hyperparameters, a_B[:, None] * delta_BH)
         (slope_B,) = torch.autograd.grad(loss, a_B, allow_unused=True, materialize_grads=True)
         slopes.append(size * slope_B)

@@ -137,7 +137,7 @@ def _linearized(stn: "SelfTuningModule", batch: Batch, raw_BH: Tensor) -> tuple[
             "The primal of the linearized pass requires a gradient, which makes gradients of the response wrong. Base "
             "parameters must enter detached: if `linearize` is your own, detach them; else this is a bug of stn_fx."
         )
-    output = _plus(primal, tangent)
+    output = sum_of_primal_and_tangent(primal, tangent)
     return output, mixed.with_targets(output)
 
 
@@ -182,11 +182,11 @@ def named_values(stn: "SelfTuningModule", raw_BH: Tensor) -> dict[str, Tensor]:
     return dict(zip(stn.hparams.names, stn.hparams.constrain(raw_BH).unbind(-1), strict=True))
 
 
-def _plus(primal: Any, tangent: Any) -> Any:
-    """Primal + tangent, leaf by leaf; leaves that cannot have a tangent (integers, None) stay."""
+def sum_of_primal_and_tangent(primal: Any, tangent: Any) -> Any:
+    """Detached primal + tangent, leaf by leaf; leaves that cannot have a tangent (integers, None) stay."""
 
     def add(p: Any, t: Any) -> Any:
-        return p + t if isinstance(p, Tensor) and isinstance(t, Tensor) and p.is_floating_point() else p
+        return p.detach() + t if isinstance(p, Tensor) and isinstance(t, Tensor) and p.is_floating_point() else p
 
     return tree_map(add, primal, tangent)
 

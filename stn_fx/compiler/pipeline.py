@@ -25,7 +25,7 @@ from stn_fx.compiler.preconditions import require_batch, require_trainable
 from stn_fx.compiler.rewrite import rewrite
 from stn_fx.compiler.sites import choose_insertions, find_sites
 from stn_fx.compiler.uses import ParameterFlow, find_uses
-from stn_fx.errors import BatchLayoutError, CaptureError, InputError
+from stn_fx.errors import BatchLayoutError, CaptureError, InputError, StnError
 from stn_fx.hparams import Selection
 from stn_fx.rules import Registry
 from stn_fx.rules.structure import LowRank
@@ -48,6 +48,24 @@ class CompiledModel:
     registry: Registry
     predicted_cost: Any = None
     """Filled in by the report, which is the one to ask for it."""
+
+    @cached_property
+    def joint(self) -> GraphModule:
+        """The linearized pass on the training graph as the pass that trains the model; only one variant needs it.
+
+        Raises:
+            StnError: a rule computes its primal in a way that nothing can be trained by.
+        """
+        nodes = self.analysed["training"].captured.graph.nodes
+        rules = {node: rule for node in nodes if (rule := self.registry.find(node)) is not None}
+        lacking = [node for node, rule in rules.items() if not rule.differentiable_primal]
+        if lacking:
+            places = sorted({f"{rules[node].name} at {module_path(node) or 'the model'}" for node in lacking})
+            raise StnError(
+                f"The linearized pass of {', '.join(places[:4])} cannot train the model: its primal passes no gradient "
+                f"on. Use DeltaSTN instead of SharedForward."
+            )
+        return rewrite(self.analysed["training"], self.plan, self.registry, "linearized", updates_buffers=True)
 
     @cached_property
     def response_training(self) -> GraphModule:

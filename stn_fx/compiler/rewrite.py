@@ -43,9 +43,14 @@ _CONSTANT = {
 SIGNATURE = ("state", "response", "values", "delta", "draws")
 
 
-def rewrite(analysed: AnalysedGraph, plan: Plan, registry: Registry, kind: str) -> GraphModule:
-    """Graph of the "base", "linearized" or "response" pass, linted and recompiled."""
-    emitter = GraphEmitter(analysed, plan, registry, kind)
+def rewrite(
+    analysed: AnalysedGraph, plan: Plan, registry: Registry, kind: str, updates_buffers: bool = False
+) -> GraphModule:
+    """Graph of the "base", "linearized" or "response" pass, linted and recompiled.
+
+    The base pass updates the model's buffers; a linearized pass does with ``updates_buffers``.
+    """
+    emitter = GraphEmitter(analysed, plan, registry, kind, updates_buffers or kind == "base")
     graph = emitter.run()
     graph.eliminate_dead_code(is_impure_node=_is_impure)
     graph.lint()
@@ -61,9 +66,11 @@ def _is_impure(node: Node) -> bool:
 class GraphEmitter:
     """Walks a captured graph once and emits the code of one pass; rules see it as their ``Emitter``."""
 
-    def __init__(self, analysed: AnalysedGraph, plan: Plan, registry: Registry, kind: str) -> None:
+    def __init__(
+        self, analysed: AnalysedGraph, plan: Plan, registry: Registry, kind: str, updates_buffers: bool
+    ) -> None:
         self.captured, self.layouts, self.flow = analysed.captured, analysed.layouts, analysed.flow
-        self.plan, self.registry, self.kind = plan, registry, kind
+        self.plan, self.registry, self.kind, self.updates_buffers = plan, registry, kind, updates_buffers
         self.graph = Graph()
         self.holders = {name: self.graph.placeholder(name) for name in SIGNATURE}
         self.values: dict[Node, Any] = {}
@@ -82,7 +89,7 @@ class GraphEmitter:
     # ---- the walk
 
     def run(self) -> Graph:
-        """Emit every node, the buffer updates (base pass only) and the output."""
+        """Emit every node, the buffer updates (of a pass that trains the model) and the output."""
         for name in self.captured.inputs:
             given = self.graph.placeholder(_identifier(name))
             given.target = given.name  # fx makes that one unique, also where an input is named like a table
@@ -392,7 +399,7 @@ class GraphEmitter:
         return self.fetched[table, name]
 
     def _output(self, node: Node) -> None:
-        if self.kind == "base":
+        if self.updates_buffers:
             for name, update in self.captured.buffer_updates.items():
                 # Detached: changes made under no_grad are copied without their region's border.
                 new = self.call(aten.detach.default, self.value(update))

@@ -67,10 +67,10 @@ class _Kernel:
 
 
 def standardize(kind: str, x: Tensor, options: list[Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """The norm without its affine part and without running statistics: (values, mean, 1/std)."""
+    """The norm without its affine part: (values, mean, 1/std); running statistics of a batch norm are updated."""
     if kind == "batch":
-        (eps,) = options
-        return aten.native_batch_norm(x, None, None, None, None, True, 0.0, eps)
+        eps, momentum, running_mean, running_var = options
+        return aten.native_batch_norm(x, None, None, running_mean, running_var, True, momentum, eps)
     if kind == "layer":
         shape, eps = options
         return aten.native_layer_norm(x, list(shape), None, None, eps)
@@ -163,7 +163,10 @@ class BatchNormRule(_Norm):
 
     def options(self, emit: Emitter, node: Node) -> tuple[list[Any], list[Any]]:
         eps = emit.argument(node, "eps", 1e-5)
-        return [eps], [eps]
+        running = ("running_mean", "running_var")
+        followed = [emit.value(emit.argument(node, n)) if emit.updates_buffers else None for n in running]
+        momentum = emit.argument(node, "momentum") if emit.updates_buffers else 0.0
+        return [eps, momentum, *followed], [eps]
 
     def linearize(self, emit: Emitter, node: Node) -> tuple[Any, Any]:
         if emit.argument(node, "training"):
@@ -235,7 +238,9 @@ class InstanceNormRule(_Norm):
 
     def linearize(self, emit: Emitter, node: Node) -> tuple[Any, Any]:
         if emit.argument(node, "use_input_stats"):
-            return super().linearize(emit, node)
+            primal, tangent = super().linearize(emit, node)
+            tracked = emit.updates_buffers and emit.argument(node, "running_mean") is not None
+            return emit.copy(node) if tracked else primal, tangent
         return fixed_statistics_tangent(self, emit, node)
 
 

@@ -166,6 +166,7 @@ class OpaqueRule(Rule):
     """Markers of opaque leaves."""
 
     name = "opaque"
+    differentiable_primal = False
     targets = (torch.ops.stn_fx.opaque.default,)
 
     def base(self, emit: Emitter, node: Any) -> Any:

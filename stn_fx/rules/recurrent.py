@@ -75,6 +75,7 @@ class RecurrentRule(Rule):
     name = "recurrent layer"
     targets = (recurrent_layer,)
     per_example_arguments = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
+    differentiable_primal = False
 
     def weight_axes(self, node: Node, position: int, rank: int) -> tuple[int, ...]:
         return (0,) if position in (5, 6, 9) else ()

@@ -86,6 +86,10 @@ class Emitter(Protocol):
         """What was chosen of the site's catalogue entry's own options; False where no hyperparameter acts here."""
 
     @property
+    def updates_buffers(self) -> bool:
+        """Whether the pass trains the model, so that running statistics follow it."""
+
+    @property
     def draws(self) -> Node:
         """The source of random numbers."""
 
@@ -106,6 +110,9 @@ class Rule:
 
     linear_in_first: bool = False
     """Whether the operator is linear in its first argument, and no other is differentiable."""
+
+    differentiable_primal: bool = True
+    """Whether the primal that ``linearize`` gives is differentiable in what it is made of, so that it can train."""
 
     def covers(self, node: Node) -> bool:
         """Whether the rule holds for this call; other calls of its operators go the general way."""
