@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.optim import SGD, Adam, Optimizer
 
-from stn_fx import ImageFormat, LowRank
+from stn_fx import ImageFormat, LowRank, RowWise
 from stn_fx.bilevel.schedules import SchedulerFactory, cosine, linear, warmup_cosine
 from stn_fx.errors import InputError
 
@@ -43,14 +43,17 @@ SCHEDULES: dict[ScheduleName, SchedulerFactory | None] = {
 DEFAULT_LR = {OptimizerName.ADAM: 1e-3, OptimizerName.SGD: 1e-2}
 
 
-def parse_response(text: str) -> str | LowRank:
-    """`rowwise` or `lowrank:RANK`."""
-    kind, _, rank = text.partition(":")
+def parse_response(text: str) -> RowWise | LowRank:
+    """`rowwise`, `rowwise:TERMS` or `lowrank:RANK`."""
+    kind, _, count = text.partition(":")
     if text == "rowwise":
-        return text
-    if kind == "lowrank" and rank.isdecimal() and int(rank) > 0:
-        return LowRank(int(rank))
-    raise InputError(f"--response {text!r} is neither 'rowwise' nor 'lowrank:RANK' with a positive rank, as lowrank:8.")
+        return RowWise()
+    if kind in ("rowwise", "lowrank") and count.isdecimal() and int(count) > 0:
+        return RowWise(int(count)) if kind == "rowwise" else LowRank(int(count))
+    raise InputError(
+        f"--response {text!r} is neither 'rowwise' nor 'rowwise:TERMS' or 'lowrank:RANK' with a positive number, as "
+        f"rowwise:2 or lowrank:8."
+    )
 
 
 def parse_image_format(text: str) -> ImageFormat:

@@ -3,7 +3,7 @@
 from stn_fx.augment.image_format import ImageFormat
 from stn_fx.bilevel import BilevelTrainer, DeltaSTN
 from stn_fx.hparams import CustomHyperparameter, Hyperparameter
-from stn_fx.rules.structure import LowRank
+from stn_fx.rules.structure import LowRank, RowWise
 from stn_fx.transform import SelfTuningModule, transform
 from stn_fx.verify import check
 
@@ -14,6 +14,7 @@ __all__ = [
     "Hyperparameter",
     "ImageFormat",
     "LowRank",
+    "RowWise",
     "SelfTuningModule",
     "check",
     "transform",

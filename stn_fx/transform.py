@@ -24,12 +24,13 @@ from stn_fx.hparams import HyperparameterSpace, Selection, parse_hparams
 from stn_fx.hparams.selection import Chosen
 from stn_fx.rules import Registry, load_builtin_rules
 from stn_fx.rules.as_found import left_as_found
-from stn_fx.rules.structure import LowRank, Response, square_norm
+from stn_fx.rules.structure import LowRank, Response, RowWise, square_norm
 from stn_fx.rules.tangent import differentiable
 
 KEPT_CAPTURES = 8
 """Captures kept for shapes, modes and settings that come back; bounded, as some models never stop changing theirs."""
 
+ResponseForm = str | RowWise | LowRank | None
 HparamsArgument = str | Iterable[str | Chosen] | Chosen | None
 
 
@@ -39,7 +40,7 @@ def transform(
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     *,
     batch_axis: BatchAxis = None,
-    response: str | LowRank | None = "rowwise",
+    response: ResponseForm = "rowwise",
     rules: Registry | None = None,
     seed: int | None = None,
     image_format: ImageFormat | None = None,
@@ -54,8 +55,8 @@ def transform(
         batch_axis: where the batch lies in the inputs: an int, or one per input (flattened). None = the first of axes 0
             and 1 along which the examples are independent; a model that is independent along both (a linear layer over
             a sequence) is taken as batch-first, so a sequence-first one needs ``batch_axis=1``.
-        response: "rowwise" (the papers'), ``LowRank(r)``, or None for a model that only trains, at hyperparameters that
-            are given: with `FixedHyperparameters` or along a schedule.
+        response: "rowwise" (the papers'), ``RowWise(terms)``, ``LowRank(r)``, or None for a model that only trains, at
+            hyperparameters that are given: with `FixedHyperparameters` or along a schedule.
         rules: operator rules; None = the built-in ones (``stn_fx.rules.load_builtin_rules().copy()`` to add to).
         seed: of the response's initial values and of all masks; None = torch's initial seed.
         image_format: the normalisation of image inputs, which brightness, contrast, saturation and hue need.
@@ -72,8 +73,8 @@ def transform(
             f"The model is in a {type(model).__name__}. Pass the model itself (its .module): under torchrun gradients "
             f"are averaged over the processes in every update, without a wrapper."
         )
-    if response is not None and response != "rowwise" and not isinstance(response, LowRank):
-        raise InputError(f"response={response!r} is neither 'rowwise' nor LowRank(r) nor None.")
+    if response is not None and response != "rowwise" and not isinstance(response, (LowRank, RowWise)):
+        raise InputError(f"response={response!r} is neither 'rowwise' nor RowWise(terms), LowRank(r) or None.")
     if rules is not None and not isinstance(rules, Registry):
         raise InputError(f"rules is a {type(rules).__name__}; pass a registry: load_builtin_rules().copy(), added to.")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
@@ -96,7 +97,7 @@ class SelfTuningModule(nn.Module):
         model: nn.Module,
         hparams: HparamsArgument,
         batch_axis: BatchAxis,
-        response: str | LowRank | None,
+        response: ResponseForm,
         rules: Registry | None,
         seed: int | None,
         image_format: ImageFormat | None = None,
@@ -107,7 +108,7 @@ class SelfTuningModule(nn.Module):
         self._selections = parse_hparams(hparams)
         self._batch_axis = batch_axis
         self._responds = response is not None
-        self._structure = response if isinstance(response, LowRank) else None
+        self._structure = response if isinstance(response, (LowRank, RowWise)) else RowWise()
         self._rules = rules  # None = the built-in ones, which need not be pickled
         self._seed = torch.initial_seed() if seed is None else seed
         self._image_format = image_format

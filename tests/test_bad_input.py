@@ -155,7 +155,8 @@ def test_constants_are_inputs_and_a_new_value_is_captured_anew(mode: Any) -> Non
         (lambda stn, x: stn.weight_response([0.0, 0.0]), "delta must be a tensor"),
         (lambda stn, x: stn_fx.transform(stn.model, seed="a"), "seed='a' must be a whole number"),
         (lambda stn, x: stn_fx.transform(stn.model, rules="conv"), "rules is a str; pass a registry"),
-        (lambda stn, x: stn_fx.transform(stn.model, response="full"), "neither 'rowwise' nor LowRank"),
+        (lambda stn, x: stn_fx.transform(stn.model, response="full"), "neither 'rowwise' nor RowWise"),
+        (lambda stn, x: stn_fx.RowWise(0), "terms=0"),
     ],
 )
 def test_arguments_of_the_wrong_kind(call: Callable[..., Any], message: str) -> None:

@@ -16,6 +16,7 @@ from stn_fx.augment.draws import Draws
 from stn_fx.compiler.emit import emit, source
 from stn_fx.compiler.proof import prove
 from stn_fx.errors import StnError
+from stn_fx.transform import ResponseForm
 
 
 class Net(nn.Module):
@@ -46,8 +47,8 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("response", ["rowwise", stn_fx.LowRank(1)])
-def test_a_fresh_process_gives_the_same_outputs(tmp_path: Path, response: str | stn_fx.LowRank) -> None:
+@pytest.mark.parametrize("response", ["rowwise", stn_fx.RowWise(3), stn_fx.LowRank(1)])
+def test_a_fresh_process_gives_the_same_outputs(tmp_path: Path, response: ResponseForm) -> None:
     torch.manual_seed(0)
     stn = stn_fx.transform(Net(), "dropout,cutout", (torch.randn(3, 3, 6, 6),), response=response, seed=0)
     written = emit(stn.compiled, stn, tmp_path / "net_stn.py")

@@ -23,7 +23,11 @@ from torch.nn.utils import parametrizations
 
 import stn_fx
 
-RESPONSES: dict[str, Any] = {"row-wise": "rowwise", "low-rank": stn_fx.LowRank(2)}
+RESPONSES: dict[str, Any] = {
+    "row-wise": "rowwise",
+    "two terms": stn_fx.RowWise(2),
+    "low-rank": stn_fx.LowRank(2),
+}
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")  # nn.Transformer's own words about its default

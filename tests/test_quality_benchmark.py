@@ -28,6 +28,9 @@ COSTS = {
     "delta_stn": Cost(2.5, 1.0),
     "stn": Cost(1.8, 1.0),
     "low_rank": Cost(2.2, 1.0),
+    "two_terms": Cost(2.9, 1.1),
+    "four_terms": Cost(3.5, 1.3),
+    "shared_forward": Cost(2.2, 1.0),
     "double_backward": Cost(4.0, 1.0),
 }
 

@@ -15,7 +15,11 @@ from stn_fx.compiler.emit import emit
 from stn_fx.compiler.proof import prove
 from stn_fx.errors import BatchLayoutError, CaptureError
 
-RESPONSES: dict[str, Any] = {"row-wise": "rowwise", "low-rank": stn_fx.LowRank(2)}
+RESPONSES: dict[str, Any] = {
+    "row-wise": "rowwise",
+    "two terms": stn_fx.RowWise(2),
+    "low-rank": stn_fx.LowRank(2),
+}
 VOCABULARY = 11
 
 
@@ -95,6 +99,19 @@ MODELS: dict[str, dict[str, Any]] = {
     "AWD": {"build": AwdLM, "inputs": lambda batch: (tokens(batch),)},
     "tagger": {"build": Tagger, "inputs": lambda batch: (tokens(batch),)},
 }
+
+
+def test_recurrent_weights_have_one_term_and_say_so() -> None:
+    model = Tagger()
+    stn = stn_fx.transform(model, "dropout", (tokens(3),), response=stn_fx.RowWise(3))
+    plans = {plan.name: plan for plan in stn.compiled.plan.parameters}
+    recurrent, head = plans["net.weight_ih_l0"], plans["head.weight"]
+    assert (recurrent.terms, head.terms) == (1, 3)
+    assert "recurrent" in recurrent.reason
+    assert stn.responses()["head.weight"].U.shape == (3, *model.head.weight.shape)
+    assert head.response_scalars(len(stn.hparams)) == sum(
+        p.numel() for p in stn.responses()["head.weight"].parameters()
+    )
 
 
 @pytest.mark.parametrize("response", RESPONSES)

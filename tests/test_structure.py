@@ -12,15 +12,18 @@ from stn_fx.rules.structure import (
     LowRank,
     LowRankResponse,
     Response,
-    RowWise,
+    RowWiseResponse,
+    RowWiseSumResponse,
     exact_change,
     row_scales,
     untouched_zeros,
 )
 
 STRUCTURES = {
-    "row-wise": lambda: RowWise((4, 3, 2), 0, 5),
-    "row-wise, axis 1": lambda: RowWise((4, 3, 2), 1, 5),
+    "row-wise": lambda: RowWiseResponse((4, 3, 2), 0, 5),
+    "row-wise, axis 1": lambda: RowWiseResponse((4, 3, 2), 1, 5),
+    "three terms": lambda: RowWiseSumResponse((4, 3, 2), 0, 5, 3),
+    "three terms, axis 1": lambda: RowWiseSumResponse((4, 3, 2), 1, 5, 3),
     "low-rank": lambda: LowRankResponse((6, 3, 4), 0, 5, 2),
     "low-rank, axis 1": lambda: LowRankResponse((6, 5), 1, 5, 2),
     "exact": lambda: Exact((4, 3), 5),

@@ -46,13 +46,14 @@ from stn_fx.bilevel import (
 from stn_fx.bilevel.atomic import write_atomically
 from stn_fx.data import ImageBatches, Splits, load_images, split_images
 from stn_fx.data.batches import Normalisation
+from stn_fx.transform import ResponseForm
 
 HPARAMS = "dropout(initial=0.2),gaussian_noise,weight_decay"
 WIDTH, BATCH_SIZE, VALID_BATCH = 64, 128, 512
 VALID_FRACTION = 0.4
 MOMENTUM = 0.9
 TRAIN_STEPS = 2
-RESPONSES = 2
+RESPONSES = 4
 """Runs of each way; they differ in the perturbations and masks of the response alone."""
 
 
@@ -60,7 +61,7 @@ RESPONSES = 2
 class Way:
     """How a response learns: its form, its steps, its learning rate in units of the weights' one."""
 
-    form: stn_fx.LowRank | None = None
+    form: ResponseForm = "rowwise"
     every: int = 2
     antithetic: bool = True
     rate: float = 1.0
@@ -82,6 +83,8 @@ WAYS = {
     "every eighth step": Way(every=8),
     "a third of the rate": Way(rate=1 / 3),
     "three times the rate": Way(rate=3.0),
+    "two terms": Way(stn_fx.RowWise(2)),
+    "four terms": Way(stn_fx.RowWise(4)),
     "LowRank(8)": Way(stn_fx.LowRank(8)),
     "LowRank(32)": Way(stn_fx.LowRank(32)),
 }
@@ -95,7 +98,7 @@ class Setting:
     rate: float
     epochs: int
 
-    def wrapped(self, seed: int, form: stn_fx.LowRank | None = None) -> stn_fx.SelfTuningModule:
+    def wrapped(self, seed: int, form: ResponseForm = "rowwise") -> stn_fx.SelfTuningModule:
         """A new model; its weights are always the same, the seed is that of masks and perturbations."""
         torch.manual_seed(0)
         inputs = self.splits.train.channels * self.splits.train.size[0] * self.splits.train.size[1]
@@ -103,7 +106,7 @@ class Setting:
         for size, outputs in ((inputs, WIDTH), (WIDTH, WIDTH), (WIDTH, len(self.splits.classes))):
             layers += [nn.Dropout(0.2), nn.Linear(size, outputs), nn.ReLU()]
         x, _ = next(iter(self._batches("train", BATCH_SIZE, seed)))
-        return stn_fx.transform(nn.Sequential(*layers[:-1]), HPARAMS, (x,), response=form or "rowwise", seed=seed)
+        return stn_fx.transform(nn.Sequential(*layers[:-1]), HPARAMS, (x,), response=form, seed=seed)
 
     def fit(self, algorithm: Algorithm, seed: int, *callbacks: Callback) -> FitResult:
         """Train; the seed is that of the order of the data."""

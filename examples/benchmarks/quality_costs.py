@@ -28,7 +28,7 @@ def measure_costs(task: Task, data: Path, console: Console) -> dict[str, Cost]:
     plain = FixedHyperparameters(task.wrapped(splits, 0), base_optimizer=sgd(task))
     calls: dict[str, Callable[[], object]] = {"plain": lambda: plain.inner_step(batch)}
     for name, build in MEASURED.items():
-        algorithm = build(task, task.wrapped(splits, 0, RESPONSES.get(name)))
+        algorithm = build(task, task.wrapped(splits, 0, RESPONSES.get(name, "rowwise")))
         calls[f"{name} inner"] = lambda a=algorithm: a.inner_step(batch)
         calls[f"{name} outer"] = lambda a=algorithm: a.outer_step(batch)
     if task.name == WITH_VARIANTS:

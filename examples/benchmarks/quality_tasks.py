@@ -9,10 +9,9 @@ import torch
 from simple_cnn import SimpleCNN
 from torch import nn
 
-from stn_fx import LowRank
 from stn_fx.data import Splits, load_images, split_images
 from stn_fx.data.batches import ImageBatches, Normalisation
-from stn_fx.transform import SelfTuningModule, transform
+from stn_fx.transform import ResponseForm, SelfTuningModule, transform
 
 Values = dict[str, float]
 SPLIT_SEED = 0
@@ -55,14 +54,13 @@ class Task:
             source.train, source.test, source.classes, self.valid_fraction, self.examples, seed=SPLIT_SEED
         )
 
-    def wrapped(self, splits: Splits, seed: int, response: LowRank | None = None) -> SelfTuningModule:
+    def wrapped(self, splits: Splits, seed: int, response: ResponseForm = "rowwise") -> SelfTuningModule:
         """A new, untrained model; the seed is that of its weights, masks and perturbations."""
         normalisation = Normalisation.of(splits.train)
         torch.manual_seed(seed)
         x, _ = next(iter(ImageBatches(splits.train, normalisation, self.batch_size)))
-        form = "rowwise" if response is None else response
         image_format = normalisation.image_format
-        return transform(self.build(), self.hparams, (x,), response=form, seed=seed, image_format=image_format)
+        return transform(self.build(), self.hparams, (x,), response=response, seed=seed, image_format=image_format)
 
 
 def _simple_cnn_start(rates: list[float], holes: float, length: float) -> Values:

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 from quality_tasks import Task, Values
 from torch.optim import SGD
 
-from stn_fx import LowRank
 from stn_fx.bilevel import Algorithm, BilevelTrainer, Callback, EpochRecord, FitResult, KeepBest
 from stn_fx.data import ImageBatches, Splits
 from stn_fx.data.batches import Normalisation
 
 if TYPE_CHECKING:
-    from stn_fx.transform import SelfTuningModule
+    from stn_fx.transform import ResponseForm, SelfTuningModule
 
 OnEpoch = Callable[[int, float], bool]
 """Is given the number of the epoch and its validation loss; whether the run shall stop."""
@@ -44,7 +43,7 @@ class Way:
         train_steps: T_train.
         warmup: share of the epochs without outer steps.
         valid_batch: size of the batches of outer steps.
-        response: form of the response; row-wise where None.
+        response: form of the response.
     """
 
     algorithm: Callable[["SelfTuningModule"], Algorithm]
@@ -52,7 +51,7 @@ class Way:
     train_steps: int = 5
     warmup: float = 0.0
     valid_batch: int = 128
-    response: LowRank | None = None
+    response: "ResponseForm" = "rowwise"
 
     def epochs(self, task: Task, batches: int, plain_runs: float) -> int:
         """The most epochs that cost no more than this many plain runs."""

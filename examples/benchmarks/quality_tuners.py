@@ -13,8 +13,9 @@ from quality_training import Cost, Way, sgd
 from torch.optim import RMSprop
 
 import stn_fx
-from stn_fx.bilevel import STN, DeltaSTN, EveryKth, Linearized, OnFraction
+from stn_fx.bilevel import STN, DeltaSTN, EveryKth, Linearized, OnFraction, SharedForward
 from stn_fx.bilevel.response_step import ResponseStep
+from stn_fx.transform import ResponseForm
 
 if TYPE_CHECKING:
     from stn_fx.transform import SelfTuningModule
@@ -40,10 +41,19 @@ MEASURED: dict[str, Callable[[Task, "SelfTuningModule"], STN | DeltaSTN]] = {
     "stn": lambda task, wrapped: STN(wrapped, base_optimizer=sgd(task), response_optimizer=sgd(task)),
     "delta_stn": _as_the_papers,
     "low_rank": _as_the_papers,
+    "two_terms": _as_the_papers,
+    "four_terms": _as_the_papers,
+    "shared_forward": lambda task, wrapped: SharedForward(
+        wrapped, every=1, antithetic=False, base_optimizer=sgd(task), response_optimizer=sgd(task)
+    ),
 }
 """What `quality.py costs` measures; the costs of all others follow from these."""
 
-RESPONSES = {"low_rank": stn_fx.LowRank(RANK)}
+RESPONSES: dict[str, ResponseForm] = {
+    "low_rank": stn_fx.LowRank(RANK),
+    "two_terms": stn_fx.RowWise(2),
+    "four_terms": stn_fx.RowWise(4),
+}
 """Forms of the response that differ from the default, by what is measured."""
 
 
@@ -76,13 +86,20 @@ def _delta_stn(
         own_step = copy.deepcopy(step or EveryKth(Linearized(), EVERY))
         return DeltaSTN(wrapped, response_step=own_step, tune_scales=scale is None, **_optimizers(task))
 
-    return Way(build, cost, train_steps, WARM_UP, response=RESPONSES.get(kind))
+    return Way(build, cost, train_steps, WARM_UP, response=RESPONSES.get(kind, "rowwise"))
 
 
 def _double_backward(task: Task, costs: Costs) -> Way:
     """The papers' response as their code linearizes it: the same updates, by two reverse passes (see step_cost.py)."""
     way = _delta_stn(task, costs, step=Linearized(antithetic=False), passes=1)
     return replace(way, cost=replace(way.cost, inner=costs["double_backward"].inner))
+
+
+def _shared_forward(task: Task, costs: Costs) -> Way:
+    """One forward for weights and response in every `EVERY`-th step, and a linearized pass at the opposite."""
+    shared, linearized = costs["shared_forward"], costs["delta_stn"]
+    cost = replace(shared, inner=1 + (shared.inner + linearized.inner - 2) / EVERY)
+    return Way(lambda wrapped: SharedForward(wrapped, every=EVERY, **_optimizers(task)), cost, TRAIN_STEPS, WARM_UP)
 
 
 def _stn(task: Task, costs: Costs) -> Way:
@@ -108,7 +125,8 @@ VARIANTS: dict[str, Callable[[Task, Costs], Way]] = {
     "every_eighth": partial(_delta_stn, step=EveryKth(Linearized(), 8), passes=0.25),
     "cheap": partial(_delta_stn, step=EveryKth(Linearized(), 8), passes=0.25, train_steps=10),
     "half_batch": partial(_delta_stn, step=EveryKth(OnFraction(Linearized(), 0.5), EVERY), passes=1 / EVERY),
-    "low_rank": partial(_delta_stn, kind="low_rank"),
+    **{form: partial(_delta_stn, kind=form) for form in RESPONSES},
+    "shared_forward": _shared_forward,
     **{f"train_steps_{steps}": partial(_delta_stn, train_steps=steps) for steps in (1, 5, 10)},
     **{f"scale_{scale}": partial(_delta_stn, scale=scale) for scale in (0.1, 0.5, 1.0)},
 }

@@ -12,8 +12,7 @@ from stn_fx.bilevel.callbacks import Callback
 from stn_fx.bilevel.comparison import Recipe, Run, fixed_run, tuned_run
 from stn_fx.data import Splits, image_batches
 from stn_fx.errors import InputError
-from stn_fx.rules.structure import LowRank
-from stn_fx.transform import SelfTuningModule, transform
+from stn_fx.transform import ResponseForm, SelfTuningModule, transform
 
 CPU = torch.device("cpu")
 
@@ -34,7 +33,7 @@ class ImageTask:
     build: Callable[[], nn.Module]
     splits: Splits
     hparams: str
-    response: str | LowRank | None = "rowwise"
+    response: ResponseForm = "rowwise"
     batch_size: int = 64
     device: torch.device = CPU
 

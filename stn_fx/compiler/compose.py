@@ -95,7 +95,7 @@ def map_row_axis(node: Node, operand: int, axis: Any, low_rank: bool) -> Any:
     return kept[0] if kept and rows != 1 else None
 
 
-def compose(emit: Emitter, node: Node, operand: int, change: StructuredChange, axis: int) -> StructuredChange | None:
+def compose(emit: Emitter, node: Node, operand: int, change: StructuredChange, axis: int) -> StructuredChange:
     """The change of ``node``'s value, given that of its argument ``operand`` (whose row axis is ``axis``)."""
     row_axis = map_row_axis(node, operand, axis, change.left is not None)
     assert row_axis is not None, "the plan has checked it"

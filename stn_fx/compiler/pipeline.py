@@ -28,7 +28,7 @@ from stn_fx.compiler.uses import ParameterFlow, find_uses
 from stn_fx.errors import BatchLayoutError, CaptureError, InputError, StnError
 from stn_fx.hparams import Selection
 from stn_fx.rules import Registry
-from stn_fx.rules.structure import LowRank
+from stn_fx.rules.structure import LowRank, RowWise
 from stn_fx.rules.tangent import differentiable
 
 BatchAxis = int | Sequence[int | None] | Mapping[str, int | None] | None
@@ -78,7 +78,7 @@ def compile_model(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     selections: list[Selection],
-    response: LowRank | None,
+    response: LowRank | RowWise,
     batch_axis: BatchAxis,
     registry: Registry,
     image_format: ImageFormat | None = None,

@@ -26,6 +26,7 @@ class ParameterPlan:
     rule: str = ""
     row_axis: int = 0
     rank: int = 0
+    terms: int = 1
     uses: int = 0
     reason: str = ""
     through: tuple[str, ...] = ()
@@ -55,7 +56,7 @@ class ParameterPlan:
         """Number of response parameters that the structure adds."""
         rows = self.shape[self.row_axis] if self.shape else 1
         if self.structure == "row-wise":
-            return self.scalars + rows * hyperparameters
+            return self.terms * (self.scalars + rows * hyperparameters)
         if self.structure == "low-rank":
             return rows * self.rank + self.rank * (self.scalars // rows) + self.rank * hyperparameters
         return self.scalars * hyperparameters if self.structure == "exact" else 0

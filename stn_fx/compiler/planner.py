@@ -19,7 +19,7 @@ from stn_fx.hparams.weight_groups import weight_groups
 from stn_fx.rules import Registry
 from stn_fx.rules.layout import BatchLayout
 from stn_fx.rules.opaque import OpaqueLeaf
-from stn_fx.rules.structure import LowRank
+from stn_fx.rules.structure import LowRank, RowWise
 
 
 @dataclass
@@ -36,7 +36,7 @@ def plan_parameters(
     model: nn.Module,
     graphs: Iterable[AnalysedGraph],
     registry: Registry,
-    response: LowRank | None,
+    response: LowRank | RowWise,
     opaque: Iterable[OpaqueLeaf] = (),
 ) -> tuple[list[ParameterPlan], dict[str, dict[str, str]]]:
     """Plan of every parameter and effective weight, and where the effective weights stand in each graph."""
@@ -56,7 +56,7 @@ def _plan_parameter(
     parameter: Tensor,
     graphs: list[AnalysedGraph],
     registry: Registry,
-    response: LowRank | None,
+    response: LowRank | RowWise,
     opaque: str | None,
 ) -> ParameterPlan:
     shape = tuple(parameter.shape)
@@ -95,30 +95,40 @@ def _plan_parameter(
 
 
 def _structured(
-    name: str, shape: tuple[int, ...], uses: list[WeightUse], registry: Registry, response: LowRank | None
+    name: str, shape: tuple[int, ...], uses: list[WeightUse], registry: Registry, response: LowRank | RowWise
 ) -> ParameterPlan | None:
     """Row-wise or low-rank plan over an axis that every use allows; None where there is no such axis."""
     rule = registry.find(uses[0].consumer)
     assert rule is not None
     rules = ", ".join(sorted({registry.find(use.consumer).name for use in uses}))  # type: ignore[union-attr]
     calls = len({id(use.consumer.graph) for use in uses}) or 1
-    for low_rank in (True, False) if response is not None else (False,):
+    for low_rank in (True, False) if isinstance(response, LowRank) else (False,):
         candidates = [row_axes(use, registry, len(shape), low_rank) for use in uses]
         common = [axis for axis in candidates[0] if all(axis in other for other in candidates)]
         common.sort(key=lambda axis: sum(other.index(axis) for other in candidates))
         if not common:
             continue
         if not low_rank:
-            reason = "" if response is None else "low rank would not be smaller than this layer"
+            terms, reason = _terms(uses, registry, response)
             if any(use.table for use in uses):
                 reason = "a table, too large for the exact Jacobian"
             plan = ParameterPlan(name, shape, "row-wise", rules, common[0], uses=len(uses) // calls, reason=reason)
-            return replace(plan, padding_row=_padding_row(uses, registry))
-        assert response is not None
+            return replace(plan, terms=terms, padding_row=_padding_row(uses, registry))
+        assert isinstance(response, LowRank)
         if _low_rank_is_smaller(shape, common[0], uses, response.rank):
             plan = ParameterPlan(name, shape, "low-rank", rules, common[0], response.rank, uses=len(uses) // calls)
             return replace(plan, padding_row=_padding_row(uses, registry))
     return None
+
+
+def _terms(uses: list[WeightUse], registry: Registry, response: LowRank | RowWise) -> tuple[int, str]:
+    """Terms of a row-wise response, and what is particular about it."""
+    if isinstance(response, LowRank):
+        return 1, "low rank would not be smaller than this layer"
+    lacking = [rule.name for use in uses if (rule := registry.find(use.consumer)) is not None and rule.single_term]
+    if response.terms > 1 and lacking:
+        return 1, f"one term, as the {lacking[0]} takes no more"
+    return response.terms, "" if response.terms == 1 else f"{response.terms} terms"
 
 
 def _padding_row(uses: list[WeightUse], registry: Registry) -> int | None:
@@ -146,7 +156,7 @@ def _groups(node: Node) -> int:
 
 
 def _plan_effective(
-    graphs: list[AnalysedGraph], registry: Registry, response: LowRank | None, parameters: set[str]
+    graphs: list[AnalysedGraph], registry: Registry, response: LowRank | RowWise, parameters: set[str]
 ) -> tuple[list[ParameterPlan], dict[str, dict[str, str]]]:
     plans: dict[str, ParameterPlan] = {}
     where: dict[str, dict[str, str]] = {}

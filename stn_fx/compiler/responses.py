@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from stn_fx.compiler.plan import ParameterPlan, Plan
-from stn_fx.rules.structure import Exact, LowRankResponse, Response, RowWise
+from stn_fx.rules.structure import Exact, LowRankResponse, Response, RowWiseResponse, RowWiseSumResponse
 
 
 def build_responses(plan: Plan, model: nn.Module, generator: torch.Generator) -> dict[str, Response]:
@@ -65,7 +65,9 @@ def part_shapes(responses: Mapping[str, Response]) -> dict[str, dict[str, torch.
 
 def _response(plan: ParameterPlan, hyperparameters: int) -> Response | None:
     if plan.structure == "row-wise":
-        return RowWise(plan.shape, plan.row_axis, hyperparameters)
+        if plan.terms > 1:
+            return RowWiseSumResponse(plan.shape, plan.row_axis, hyperparameters, plan.terms)
+        return RowWiseResponse(plan.shape, plan.row_axis, hyperparameters)
     if plan.structure == "low-rank":
         return LowRankResponse(plan.shape, plan.row_axis, hyperparameters, plan.rank)
     return Exact(plan.shape, hyperparameters) if plan.structure == "exact" else None

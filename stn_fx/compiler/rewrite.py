@@ -40,6 +40,7 @@ _CONSTANT = {
     aten.new_full.default, aten.new_empty.default, aten.bernoulli.default, aten.bernoulli.p,
 }  # fmt: skip
 """Their values do not change with those of their inputs; asked for a derivative, the random ones would draw again."""
+_PARTS = {"row-wise": ("U", "V"), "low-rank": ("A", "B", "V")}
 SIGNATURE = ("state", "response", "values", "delta", "draws")
 
 
@@ -76,7 +77,7 @@ class GraphEmitter:
         self.values: dict[Node, Any] = {}
         self.tangents: dict[Node, Any] = {}
         self.stacks: dict[Node, Node] = {}
-        self.changes: dict[Node, StructuredChange] = {}
+        self.changes: dict[Node, list[StructuredChange]] = {}
         self.fetched: dict[tuple[str, str], Node] = {}
         self.parameters = {each.name: each for each in plan.parameters}
         self.sites: dict[str, SitePlan] = {site.node: site for site in plan.sites} if self.captured.training else {}
@@ -273,34 +274,40 @@ class GraphEmitter:
                 self.stacks[argument] = change
         return self.stacks.get(argument)
 
-    def structured(self, argument: Any) -> StructuredChange | None:
+    def structured(self, argument: Any) -> list[StructuredChange]:
         if not isinstance(argument, Node) or self.kind == "base":
-            return None
+            return []
         if argument not in self.changes:
-            change = self._structured(argument)
-            if change is None:
-                return None
-            self.changes[argument] = change
+            changes = self._structured(argument)
+            if not changes:
+                return []
+            self.changes[argument] = changes
         return self.changes[argument]
 
-    def _structured(self, node: Node) -> StructuredChange | None:
+    def _structured(self, node: Node) -> list[StructuredChange]:
         plan = self._plan_of(node)
         if plan is not None:
-            return self._own_change(plan) if plan.structure in ("row-wise", "low-rank") else None
+            return self._own_changes(plan) if plan.structure in ("row-wise", "low-rank") else []
         if node.op != "call_function" or node in self.flow.carries_batch:
-            return None
+            return []
         operand = linear_operand(node, self.flow.is_fixed)
-        parent = None if operand is None else self.structured(node.args[operand])
-        if parent is None or map_row_axis(node, operand, parent.row_axis, parent.left is not None) is None:
-            return None
-        return compose(self, node, operand, parent, parent.row_axis)
+        parents = [] if operand is None else self.structured(node.args[operand])
+        if not parents or map_row_axis(node, operand, parents[0].row_axis, parents[0].left is not None) is None:
+            return []
+        return [compose(self, node, operand, parent, parent.row_axis) for parent in parents]
 
-    def _own_change(self, plan: ParameterPlan) -> StructuredChange:
-        scales = self.call(row_scales, self._fetch("response", f"{plan.name}.V"), self.holders["delta"])
+    def _own_changes(self, plan: ParameterPlan) -> list[StructuredChange]:
+        parts = {part: self._fetch("response", f"{plan.name}.{part}") for part in _PARTS[plan.structure]}
+        if plan.terms == 1:
+            return [self._own_change(plan, parts)]
+        terms = range(plan.terms)
+        return [self._own_change(plan, {part: self.item(each, t) for part, each in parts.items()}) for t in terms]
+
+    def _own_change(self, plan: ParameterPlan, parts: dict[str, Node]) -> StructuredChange:
+        scales = self.call(row_scales, parts["V"], self.holders["delta"])
         if plan.structure == "row-wise":
-            return StructuredChange(self._fetch("response", f"{plan.name}.U"), scales, plan.row_axis)
-        left, factor = (self._fetch("response", f"{plan.name}.{part}") for part in ("A", "B"))
-        return StructuredChange(factor, scales, plan.row_axis, left)
+            return StructuredChange(parts["U"], scales, plan.row_axis)
+        return StructuredChange(parts["B"], scales, plan.row_axis, parts["A"])
 
     def _plan_of(self, node: Node) -> ParameterPlan | None:
         if node.name in self.effective:

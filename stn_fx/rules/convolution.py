@@ -73,8 +73,7 @@ class _Convolution(Rule):
     def respond(self, emit: Emitter, node: Node) -> Any:
         bias = emit.argument(node, "bias")
         total = emit.copy(node, bias=None) if emit.stack(bias) is not None else emit.copy(node)
-        change = emit.structured(node.args[1])
-        if change is not None:
+        for change in emit.structured(node.args[1]):
             total = self._weight_term(emit, node, emit.value(node.args[0]), change, total)
         return bias_term(emit, node, bias, total, 1)
 
@@ -86,8 +85,7 @@ class _Convolution(Rule):
             total = self._plain(emit, node, emit.tangent(x), emit.value(weight))
         if emit.tangent(weight) is not None:
             total = add_terms(emit, total, self._plain(emit, node, emit.value(x), emit.tangent(weight)))
-        change = emit.structured(weight)
-        if change is not None:
+        for change in emit.structured(weight):
             total = self._weight_term(emit, node, emit.value(x), change, total)
         return primal, bias_term(emit, node, bias, total, 1)
 

@@ -32,18 +32,20 @@ class _Broadcast(Rule):
 
     def change(self, emit: Emitter, node: Node, argument: Any) -> Node | None:
         """Tangent of an operand: an activation's, or a parameter's change aligned to the output."""
-        stack, table = emit.stack(argument), emit.structured(argument)
+        stack = emit.stack(argument)
         if stack is not None:
             return emit.call(align, stack, emit.layout(node), emit.rank(node))
-        if table is not None:
+        total = None
+        for table in emit.structured(argument):
             layout, rank = emit.layout(node), emit.rank(node)
-            return emit.call(scaled_table, table.factor, table.scales, table.row_axis, layout, rank)
-        return emit.tangent(argument)
+            change = emit.call(scaled_table, table.factor, table.scales, table.row_axis, layout, rank)
+            total = add_terms(emit, total, change)
+        return emit.tangent(argument) if total is None else total
 
     def respond(self, emit: Emitter, node: Node) -> Node:
         operands = {}
         for index, argument in enumerate(node.args[:2]):
-            if emit.structured(argument) is not None:
+            if emit.structured(argument):
                 operands[index] = add_terms(emit, emit.value(argument), self.change(emit, node, argument))
             elif emit.stack(argument) is not None:
                 operands[index] = self.change(emit, node, argument)

@@ -33,15 +33,18 @@ class EmbeddingRule(Rule):
         return row if isinstance(row, int) and row >= 0 else None
 
     def _weight_term(self, emit: Emitter, node: Node) -> Node | None:
-        change = emit.structured(node.args[0])
-        if change is None:
-            return None
         indices, layout = emit.value(node.args[1]), emit.layout(node)
         padding = emit.argument(node, "padding_idx", -1)
-        if change.left is not None:
-            return emit.call(embed_low_rank, indices, change.left, change.factor, change.scales, layout, padding)
-        rows = emit.call(aten.embedding.default, change.factor, indices, padding)
-        return emit.call(scale_rows, rows, change.scales, layout, -1)
+        total = None
+        for change in emit.structured(node.args[0]):
+            if change.left is not None:
+                left, factor = change.left, change.factor
+                term = emit.call(embed_low_rank, indices, left, factor, change.scales, layout, padding)
+            else:
+                rows = emit.call(aten.embedding.default, change.factor, indices, padding)
+                term = emit.call(scale_rows, rows, change.scales, layout, -1)
+            total = add_terms(emit, total, term)
+        return total
 
     def respond(self, emit: Emitter, node: Node) -> Any:
         return add_terms(emit, emit.copy(node), self._weight_term(emit, node))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from stn_fx.rules.layout import scale_rows
-from stn_fx.rules.rule import REGISTRY, Emitter, Rule
+from stn_fx.rules.rule import REGISTRY, Emitter, Rule, StructuredChange
 from stn_fx.rules.weighted import add_scaled, add_terms, bias_term
 
 aten = torch.ops.aten
@@ -51,9 +51,11 @@ class _MatrixRule(Rule):
         return emit.call(aten.matmul.default, x, weight)
 
     def _weight_term(self, emit: Emitter, node: Node, total: Node | None) -> Node | None:
-        change = emit.structured(node.args[self.weight_at])
-        if change is None:
-            return total
+        for change in emit.structured(node.args[self.weight_at]):
+            total = self._add_change(emit, node, change, total)
+        return total
+
+    def _add_change(self, emit: Emitter, node: Node, change: StructuredChange, total: Any) -> Any:
         x, input_layout = emit.value(node.args[self.input_at]), emit.layout(node.args[self.input_at])
         rows_are_outputs = change.row_axis == self.outputs_axis or emit.rank(node.args[self.weight_at]) > 2
         if change.left is not None:

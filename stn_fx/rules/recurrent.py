@@ -76,6 +76,7 @@ class RecurrentRule(Rule):
     targets = (recurrent_layer,)
     per_example_arguments = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
     differentiable_primal = False
+    single_term = True
 
     def weight_axes(self, node: Node, position: int, rank: int) -> tuple[int, ...]:
         return (0,) if position in (5, 6, 9) else ()
@@ -142,11 +143,12 @@ class RecurrentRule(Rule):
         return tuple(self._change(emit, node, parameter, stacks_are_values) for parameter in node.args[5:])
 
     def _change(self, emit: Emitter, node: Node, parameter: Any, stacks_are_values: bool) -> Any:
-        structured, stack = emit.structured(parameter), emit.stack(parameter)
-        if structured is None and stack is None:
+        changes, stack = emit.structured(parameter), emit.stack(parameter)
+        if not changes and stack is None:
             return None
         layout = self._row_layout(emit, node)
-        if structured is not None:
+        if changes:
+            (structured,) = changes
             scales = emit.call(align, structured.scales, layout, 2)
             if structured.left is None:
                 return ("row-wise", structured.factor, scales)

@@ -40,8 +40,8 @@ class Emitter(Protocol):
     def stack(self, argument: Any) -> Node | None:
         """For a parameter that differs per example: its change (linearized) or value (response pass), (B, *unit)."""
 
-    def structured(self, argument: Any) -> StructuredChange | None:
-        """For a weight with a structured response: how it changes."""
+    def structured(self, argument: Any) -> list[StructuredChange]:
+        """For a weight with a structured response: the terms of its change; else empty."""
 
     def layout(self, node: Node) -> Layout:
         """Where the batch lies in this node's value."""
@@ -110,6 +110,9 @@ class Rule:
 
     linear_in_first: bool = False
     """Whether the operator is linear in its first argument, and no other is differentiable."""
+
+    single_term: bool = False
+    """Whether the rule takes one structured change of a weight only, not a sum of several."""
 
     differentiable_primal: bool = True
     """Whether the primal that ``linearize`` gives is differentiable in what it is made of, so that it can train."""

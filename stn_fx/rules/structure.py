@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from stn_fx.arguments import require_count
 from stn_fx.errors import InputError
 
 Addition = Callable[[float], None]
@@ -26,6 +27,21 @@ LARGE_BYTES = 1 << 20
 """Of zeros that are worth memory pages of their own."""
 CHUNK = 1 << 18
 """Elements of a product that the CPU's cache holds."""
+
+
+@dataclass(frozen=True)
+class RowWise:
+    """Sum of row-wise responses, ``DeltaW_i = sum_t diag(V_t delta_i) U_t``: each row moves in ``terms`` directions.
+
+    With one term, the papers' response, all hyperparameters move a row along one direction. Each term has the memory of
+    the weights and, in the linearized and the response pass, one more product with them. The weights of recurrent
+    networks have one term; the report says which.
+    """
+
+    terms: int = 1
+
+    def __post_init__(self) -> None:
+        require_count("terms", self.terms)
 
 
 @dataclass(frozen=True)
@@ -83,7 +99,7 @@ class Response(nn.Module):
         raise NotImplementedError
 
 
-class RowWise(Response):
+class RowWiseResponse(Response):
     """``DeltaW_i = diag(V delta_i) U`` along ``row_axis``; ``U`` shaped like W, ``V`` (O, H)."""
 
     kind = "row-wise"
@@ -132,6 +148,50 @@ class RowWise(Response):
 
     def _rows(self, tensor: Tensor) -> Tensor:
         return tensor.movedim(self.row_axis, 0).flatten(1)
+
+
+class RowWiseSumResponse(Response):
+    """``DeltaW_i = sum_t diag(V_t delta_i) U_t`` along ``row_axis``; ``U`` (terms, shape of W), ``V`` (terms, O, H)."""
+
+    kind = "row-wise"
+
+    def __init__(self, shape: tuple[int, ...], row_axis: int, hyperparameters: int, terms: int) -> None:
+        super().__init__(shape)
+        self.row_axis = row_axis
+        self.U = nn.Parameter(untouched_zeros((terms, *self.shape)))
+        self.V = nn.Parameter(torch.empty(terms, self.shape[row_axis], hyperparameters))
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draw ``V``: random signs, others for each term."""
+        _random_signs(self.V, generator)
+        with torch.no_grad():
+            self.V.div_(math.sqrt(len(self.V)))
+
+    def silence(self, row: int) -> None:
+        """Nothing to do: U stays zero where no gradient comes."""
+
+    def dense(self, delta: Tensor) -> Tensor:
+        scales_TO = self.V @ delta
+        rows = [-1 if a == self.row_axis else 1 for a in range(len(self.shape))]
+        return (self.U * scales_TO.reshape(len(scales_TO), *rows)).sum(0)
+
+    def squared_norm_change(self, weight: Tensor, delta_BH: Tensor) -> Tensor:
+        scales_BOT, U_OTF = self._scales(delta_BH), self._rows()
+        gram_OTT = U_OTF @ U_OTF.transpose(1, 2)
+        squares_B = torch.einsum("bot,ots,bos->b", scales_BOT, gram_OTT, scales_BOT)
+        return 2 * self.inner_product(weight, delta_BH) + squares_B
+
+    def inner_product(self, direction: Tensor, delta_BH: Tensor) -> Tensor:
+        direction_OF = direction.movedim(self.row_axis, 0).flatten(1)
+        products_OT = torch.einsum("of,otf->ot", direction_OF, self._rows())
+        return self._scales(delta_BH).flatten(1) @ products_OT.flatten()
+
+    def _scales(self, delta_BH: Tensor) -> Tensor:
+        return torch.einsum("bh,toh->bot", delta_BH, self.V)
+
+    def _rows(self) -> Tensor:
+        """``U`` as (O, terms, F)."""
+        return self.U.movedim(1 + self.row_axis, 0).flatten(2)
 
 
 class LowRankResponse(Response):
