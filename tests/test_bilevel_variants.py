@@ -1,5 +1,6 @@
 """The variants of the papers, each against its definition."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -53,6 +54,16 @@ def test_per_batch_perturbations_are_common_to_all_examples():
     raw_BH = draw(PerBatch())
     assert (raw_BH == raw_BH[0]).all()
     assert (raw_BH[0] != make_space().raw).all()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_per_batch_perturbations_warn_of_batch_norms(frozen):
+    model = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    model[1].training = not frozen
+    stn = stn_fx.transform(model, "weight_decay", (torch.randn(4, 8),))
+    context = nullcontext() if frozen else pytest.warns(UserWarning, match="PerBatch beside batch norms")
+    with context:
+        DeltaSTN(stn, sampling=PerBatch())
 
 
 def test_global_sampling_does_not_follow_the_current_value_but_tunes_there():

@@ -17,10 +17,11 @@ def columns(dtype):
     return torch.tensor(low, dtype=dtype), torch.tensor(high, dtype=dtype)
 
 
+@pytest.mark.parametrize("reach", [50, 5000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_finite_and_within_bounds(dtype):
+def test_finite_and_within_bounds(dtype, reach):
     low, high = columns(dtype)
-    raw = torch.linspace(-50, 50, 1001).to(dtype)[:, None].expand(-1, len(BOUNDS)).clone().requires_grad_()
+    raw = torch.linspace(-reach, reach, 1001).to(dtype)[:, None].expand(-1, len(BOUNDS)).clone().requires_grad_()
     values = constrain(raw, low, high)
     assert values.dtype == dtype
     assert torch.isfinite(values).all()

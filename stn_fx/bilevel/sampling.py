@@ -13,10 +13,12 @@ Everything is drawn for the whole batch, also where several processes share it, 
 Shape suffixes: B examples, H hyperparameters.
 """
 
+import warnings
 from abc import ABC, abstractmethod
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from stn_fx.bilevel.replicas import Rows
 from stn_fx.errors import InputError
@@ -34,6 +36,9 @@ class Sampling(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__qualname__}()"
+
+    def check(self, model: nn.Module) -> None:  # noqa: B027  (most have nothing to say)
+        """Warn of models that these perturbations teach little."""
 
     @abstractmethod
     def inner(self, space: HyperparameterSpace, rows: Rows, generator: Generator) -> Tensor:
@@ -64,6 +69,14 @@ class PerBatch(Sampling):
     With a batch norm in training mode a response common to all examples cancels: freeze its statistics, or use
     `PerExample`.
     """
+
+    def check(self, model: nn.Module) -> None:
+        if any(isinstance(each, _BatchNorm) and each.training >= model.training for each in model.modules()):
+            warnings.warn(
+                "PerBatch beside batch norms: what the response changes in all examples of a batch alike, they take "
+                "out again. Use PerExample, or put the batch norms in evaluation mode.",
+                stacklevel=2,
+            )
 
     def inner(self, space: HyperparameterSpace, rows: Rows, generator: Generator) -> Tensor:
         return space.perturb(_noise(1, space, generator)).expand(rows.stop - rows.start, -1)

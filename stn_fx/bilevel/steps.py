@@ -90,22 +90,20 @@ class DeltaSTN(Algorithm):
             "response": response_optimizer,
             "hyper": hyper_optimizer,
         }
-        sampling = sampling or PerExample()
-        if tune_scales and sampling.uses_scales:
+        self.sampling = sampling or PerExample()
+        if tune_scales and self.sampling.uses_scales:
             choices["scale"] = scale_optimizer
         elif scale_optimizer is not None:
             raise InputError(
                 "scale_optimizer: given beside tune_scales=False, or a sampling without scales: it has nothing to do."
             )
-        super().__init__(
-            stn,
-            loss,
-            choices,
-            updates,
-        )
+        super().__init__(stn, loss, choices, updates)
         self.entropy_weight = entropy_weight
-        self.sampling = sampling
         self.response_step = response_step or EveryKth(Linearized(), RESPONSE_EVERY)
+
+    def _build_optimizers(self) -> None:
+        super()._build_optimizers()
+        self.sampling.check(self.stn.model)
 
     def inner_step(self, content: Any) -> InnerRecord:
         """One update of the base parameters, then one of the response parameters with fresh perturbations."""

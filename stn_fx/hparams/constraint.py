@@ -3,7 +3,7 @@
 The bounds alone decide the bijection:
 
 - finite `high`:   value = low + (high - low) * sigmoid(raw)
-- `high` infinite: value = low + exp(raw)
+- `high` infinite: value = low + exp(raw), for raw up to 80
 
 Both are a logarithmic scale near the lower bound (for raw << 0, value - low is proportional to exp(raw)), which is why
 a weight decay between 0 and 1 needs no transform of its own. Every value is finite in float32 for raw in [-50, 50],
@@ -22,6 +22,9 @@ from torch import Tensor
 
 from stn_fx.errors import OutOfBoundsError
 
+LARGEST_EXPONENT = 80.0
+"""Of what has no upper bound: beyond, the exponential of float32 is infinite."""
+
 
 def constrain(raw_BH: Tensor, low_H: Tensor, high_H: Tensor) -> Tensor:
     """Constrained values of raw ones, elementwise and differentiable, in the dtype of `raw_BH`.
@@ -32,12 +35,12 @@ def constrain(raw_BH: Tensor, low_H: Tensor, high_H: Tensor) -> Tensor:
         high_H: upper bounds, above `low_H`; infinity where there is none.
 
     Returns:
-        Values shaped like `raw_BH`, always within [low, high].
+        Values shaped like `raw_BH`, always finite and within [low, high].
     """
     closed_H = torch.isfinite(high_H)
     width_H = torch.where(closed_H, high_H - low_H, 1.0)
     # The exponential sees zeros in the columns of the sigmoid: an overflow would make their gradient 0 * inf = nan.
-    above_BH = torch.exp(torch.where(closed_H, 0.0, raw_BH))
+    above_BH = torch.exp(torch.where(closed_H, 0.0, raw_BH.clamp(max=LARGEST_EXPONENT)))
     value_BH = low_H + torch.where(closed_H, width_H * torch.sigmoid(raw_BH), above_BH)
     # low + (high - low) may exceed high by one rounding.
     return torch.clamp(value_BH, min=low_H, max=high_H)
