@@ -235,9 +235,9 @@ def test_the_checks_leave_the_run_as_it_would_be():
         stn = stn_fx.transform(model, "dropout", (X[:4],), seed=0)
         if check:
             trainer = BilevelTrainer(stn, train=TRAIN, valid=VALID)
-            from stn_fx.bilevel.trainer import _Fit
+            from stn_fx.bilevel.fit import Fit
 
-            _Fit(trainer, 1, 0, 5, 1, ())._prepare()
+            Fit(trainer, 1, 0, 5, 1, ())._prepare()
         assert not model[1].num_batches_tracked
         return stn.generator().get_state()
 
