@@ -1,5 +1,6 @@
 import csv
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -117,3 +118,28 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         write_atomically(tmp_path / "a.txt", fail)
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
     assert (tmp_path / "a.txt").read_text() == "old"
+
+
+class StopInEpoch(Callback):
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def inner_step_ended(self, trainer, epoch, record):
+        if epoch == self.epoch:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_going_on_in_another_folder_tells_that_the_best_weights_are_elsewhere(tmp_path, other):
+    def fit(folder, *callbacks, **options):
+        torch.manual_seed(0)
+        stn = FakeSelfTuningModule(nn.Linear(8, 3, dtype=torch.float64), "weight_decay,label_smoothing")
+        trainer = BilevelTrainer(stn, train=TRAIN, valid=VALID)
+        checkpoint = Checkpoint(tmp_path / "checkpoints", every_steps=1)
+        trainer.fit(4, warmup_epochs=1, callbacks=[RunFolder(folder, True), checkpoint, *callbacks], **options)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "run", StopInEpoch(3))
+    context = pytest.warns(UserWarning, match="not the folder of the run that goes on") if other else nullcontext()
+    with context:
+        fit(tmp_path / ("other" if other else "run"), resume_from=tmp_path / "checkpoints")

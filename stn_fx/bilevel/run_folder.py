@@ -11,6 +11,7 @@
 
 import csv
 import json
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,15 @@ class RunFolder(Callback):
             raise InputError(
                 f"The run folder {self.path} cannot be made: {error.strerror}. Choose another path."
             ) from error
+
+    def check(self, trainer: "BilevelTrainer", result: FitResult) -> None:
+        if result.resumed_at and result.best and not (self.path / "model.pt").exists():
+            warnings.warn(
+                f"{self.path} is not the folder of the run that goes on: the weights of its best epoch so far "
+                f"({result.best.epoch}) are not there, and model.pt is written at a better one only. Give the folder "
+                f"of that run, or keep the weights by KeepBest.",
+                stacklevel=2,
+            )
 
     def fit_started(self, trainer: "BilevelTrainer", epochs: int, result: FitResult) -> None:
         if not result.resumed_at:  # nothing of an older run stays beside the new one
