@@ -41,6 +41,7 @@ SCHEDULES: dict[ScheduleName, SchedulerFactory | None] = {
     ScheduleName.CONSTANT: None,
 }
 DEFAULT_LR = {OptimizerName.ADAM: 1e-3, OptimizerName.SGD: 1e-2}
+RESPONSE_HELP = "How weights respond: rowwise, rowwise:TERMS (dearer, more exact), or lowrank:RANK (cheaper)."
 
 
 def parse_response(text: str) -> RowWise | LowRank:

@@ -14,7 +14,7 @@ from stn_fx.errors import InputError
 from stn_fx.example_input import example_input
 from stn_fx.model_reference import LoadedModel, load_model
 
-from .options import parse_arguments, parse_image_format, parse_response, parse_shape
+from .options import RESPONSE_HELP, parse_arguments, parse_image_format, parse_response, parse_shape
 
 STDOUT = Path("-")
 
@@ -37,7 +37,7 @@ ImageFormatOption = Annotated[
         metavar="MEAN/STD", help="Normalisation of images, as 0.5/0.25 or 0.49,0.48,0.45/0.25; colour needs it."
     ),
 ]
-ResponseOption = Annotated[str, typer.Option(help="How weights respond: rowwise, or lowrank:RANK (cheaper).")]
+ResponseOption = Annotated[str, typer.Option(help=RESPONSE_HELP)]
 BatchAxisOption = Annotated[
     int | None, typer.Option(min=0, help="Axis of the inputs that holds the batch; else found by analysis.")
 ]

@@ -26,7 +26,7 @@ from stn_fx.bilevel.checkpoint_file import checkpoints_in
 from stn_fx.bilevel.steps import ENTROPY_WEIGHT, RESPONSE_EVERY
 from stn_fx.errors import InputError
 
-from .options import OptimizerName, ScheduleName
+from .options import RESPONSE_HELP, OptimizerName, ScheduleName
 from .tables import comparison_table, verdict_lines, write_comparison
 from .tune_options import FILE, TuneOptions
 from .tune_task import how_to_load, image_task
@@ -105,9 +105,7 @@ def tune(
             metavar="KEY=VALUE", rich_help_panel=TRAINING, help="Argument of the model's factory; repeatable."
         ),
     ] = None,
-    response: Annotated[
-        str, typer.Option(rich_help_panel=TUNING, help="How weights respond: rowwise, or lowrank:RANK (cheaper).")
-    ] = "rowwise",
+    response: Annotated[str, typer.Option(rich_help_panel=TUNING, help=RESPONSE_HELP)] = "rowwise",
     response_every: Annotated[
         int, typer.Option(min=1, rich_help_panel=TUNING, help="The response learns in every so many updates.")
     ] = RESPONSE_EVERY,

@@ -53,18 +53,20 @@ WIDTH, BATCH_SIZE, VALID_BATCH = 64, 128, 512
 VALID_FRACTION = 0.4
 MOMENTUM = 0.9
 TRAIN_STEPS = 2
-RESPONSES = 4
-"""Runs of each way; they differ in the perturbations and masks of the response alone."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """How a response learns: its form, its steps, its learning rate in units of the weights' one."""
+    """How a response learns: its form, its steps, its learning rate in units of the weights' one.
+
+    Of each there are several runs, `responses`, with other initial values, perturbations and masks of the response.
+    """
 
     form: ResponseForm = "rowwise"
     every: int = 2
     antithetic: bool = True
     rate: float = 1.0
+    responses: int = 2
 
     def algorithm(self, stn: stn_fx.SelfTuningModule, rate: float) -> DeltaSTN:
         """With hyperparameters that never move."""
@@ -78,13 +80,13 @@ class Way:
 
 
 WAYS = {
-    "default": Way(),
+    "default": Way(responses=4),
     "single perturbations": Way(every=1, antithetic=False),
     "every eighth step": Way(every=8),
     "a third of the rate": Way(rate=1 / 3),
     "three times the rate": Way(rate=3.0),
-    "two terms": Way(stn_fx.RowWise(2)),
-    "four terms": Way(stn_fx.RowWise(4)),
+    "two terms": Way(stn_fx.RowWise(2), responses=4),
+    "four terms": Way(stn_fx.RowWise(4), responses=4),
     "LowRank(8)": Way(stn_fx.LowRank(8)),
     "LowRank(32)": Way(stn_fx.LowRank(32)),
 }
@@ -230,11 +232,11 @@ def measure(setting: Setting, seeds: int, step: float, window: int, folder: Path
                     losses = kept(folder / "retrained" / f"{name}-{word}-{seed}.json", run)
                     differences_SHE[seed, index] += sign * torch.tensor(losses) / (2 * step)
                     progress.advance(line)
-        line = progress.add_task("responses", total=len(WAYS) * RESPONSES)
+        line = progress.add_task("responses", total=sum(way.responses for way in WAYS.values()))
         predicted = {}
         for way, settings in WAYS.items():
             found = []
-            for seed in range(RESPONSES):
+            for seed in range(settings.responses):
                 run = partial(responded, setting, settings, seed)
                 found.append(kept(folder / "responses" / f"{way}-{seed}.json", run))
                 progress.advance(line)
