@@ -1,4 +1,4 @@
-"""A run by one or several processes: `torchrun --nproc-per-node N replicated_run.py FOLDER` leaves its end there.
+"""A run by one or several processes: `torchrun --nproc-per-node N replicated_run.py FOLDER ALGORITHM` leaves its end there.
 
 Every process has its share of each batch; of the odd last one the shares differ.
 """
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 import stn_fx
+from stn_fx import bilevel
 from stn_fx.bilevel import BilevelTrainer, Checkpoint, RunFolder
 from stn_fx.bilevel.checkpoint_file import checkpoints_in
 
@@ -23,7 +24,7 @@ def batches(seed, count, rank, processes):
     return [tuple(part.tensor_split(processes)[rank] for part in pair) for pair in whole]
 
 
-def main(folder, epochs=3):
+def main(folder, algorithm="DeltaSTN", epochs=3):
     dist.init_process_group("gloo")
     rank, processes = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(rank)  # the first process's weights count
@@ -32,12 +33,12 @@ def main(folder, epochs=3):
         model, "weight_decay,label_smoothing", (torch.randn(4, 6).double(),), seed=3 + rank
     )  # so does its seed
     train, valid = (batches(seed, count, rank, processes) for seed, count in ((0, 37), (1, 16)))
-    trainer = BilevelTrainer(stn, train=train, valid=valid)
+    trainer = BilevelTrainer(stn, train=train, valid=valid, algorithm=getattr(bilevel, algorithm)(stn))
     callbacks = [RunFolder(folder / "run", overwrite=True), Checkpoint(folder / "checkpoints")]
     resume = folder / "checkpoints" if checkpoints_in(folder / "checkpoints") else None
     result = trainer.fit(epochs, warmup_epochs=1, train_steps=2, callbacks=callbacks, resume_from=resume)
     end = {"parameters": {name: p.detach() for name, p in stn.named_parameters()}, "values": result.values}
-    losses = [[record.train_loss, record.response_loss, record.valid_loss] for record in result.history]
+    losses = [[record.train_loss, record.response_loss or 0.0, record.valid_loss] for record in result.history]
     keys = ("promised", "promised_error", "delivered", "delivered_error", "hypergradient", "hypergradient_error")
     trust = [[getattr(each, key) for key in keys] for each in result.history[-1].trust.values()]
     end["trust"] = torch.tensor(trust, dtype=torch.float64)
@@ -46,4 +47,4 @@ def main(folder, epochs=3):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

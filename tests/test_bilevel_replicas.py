@@ -13,12 +13,16 @@ from stn_fx.bilevel.replicas import Replicas
 from stn_fx.errors import InputError
 
 
-def torchrun(folder, processes):
+def torchrun(folder, processes, algorithm="DeltaSTN"):
     folder.mkdir(exist_ok=True)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run(
-        [*command, replicated_run.__file__, str(folder)], env=environment, capture_output=True, text=True, check=False
+        [*command, replicated_run.__file__, str(folder), algorithm],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"end{rank}.pt", weights_only=True) for rank in range(processes)]
@@ -26,8 +30,9 @@ def torchrun(folder, processes):
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_two_processes_make_the_updates_of_one(tmp_path):
-    (one,), two = torchrun(tmp_path / "one", 1), torchrun(tmp_path / "two", 2)
+@pytest.mark.parametrize("algorithm", ["DeltaSTN", "SharedForward", "STN"])
+def test_two_processes_make_the_updates_of_one(tmp_path, algorithm):
+    (one,), two = torchrun(tmp_path / "one", 1, algorithm), torchrun(tmp_path / "two", 2, algorithm)
     for each in two:
         assert each["values"] == pytest.approx(one["values"], rel=1e-9)
         torch.testing.assert_close(each["losses"], one["losses"], rtol=1e-9, atol=0)
@@ -36,7 +41,7 @@ def test_two_processes_make_the_updates_of_one(tmp_path):
             torch.testing.assert_close(each["parameters"][name], expected, rtol=1e-9, atol=1e-12)
     assert (tmp_path / "two" / "run" / "values.json").exists()
     # Resumed at the end: every process finds its own checkpoint again.
-    again = torchrun(tmp_path / "two", 2)
+    again = torchrun(tmp_path / "two", 2, algorithm)
     assert all(torch.equal(a["losses"], b["losses"]) for a, b in zip(again, two, strict=True))
 
 
