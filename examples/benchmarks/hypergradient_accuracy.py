@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -246,9 +247,10 @@ def measure(setting: Setting, seeds: int, step: float, window: int, folder: Path
 
 def table(findings: Findings, window: int) -> Table:
     """Cosines by windows, means of the responses of a way."""
-    shown = Table(title="cosine of hypergradient and retrained differences", title_justify="left")
-    for column in ("way", "median", *(f"to {(w + 1) * window}" for w in range(findings.differences_SWH.shape[1]))):
-        shown.add_column(column, justify="left" if column == "way" else "right", no_wrap=column == "way")
+    title = "cosine of hypergradient and retrained differences, by the last epoch of each window"
+    shown = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("way", "all", *(str((w + 1) * window) for w in range(findings.differences_SWH.shape[1]))):
+        shown.add_column(column, justify="left" if column == "way" else "right", no_wrap=column != "way")
     halves = findings.between_halves()
     shown.add_row("differences among themselves", *(f"{c:.2f}" for c in (statistics.median(halves), *halves)))
     for way in findings.predicted_RWH:
