@@ -97,7 +97,7 @@ class TuneOptions:
         """Keep them in a run folder; paths become absolute, so that they hold from everywhere."""
         kept = asdict(self) | {"model": _absolute_model(self.model), "data": _absolute_data(self.data)}
         text = json.dumps(kept, indent=2) + "\n"
-        write_atomically(folder / FILE, lambda path: _write_text(path, text))
+        write_atomically(folder / FILE, lambda path: path.write_text(text))
 
     def recipe(self) -> Recipe:
         """How both runs are trained."""
@@ -133,7 +133,3 @@ def _absolute_data(reference: str) -> str:
 def _absolute_model(reference: str) -> str:
     path, separator, name = path_of(reference)
     return f"{Path(path).expanduser().resolve()}{separator}{name}" if path else reference
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)

@@ -1,4 +1,4 @@
-"""A run by one or several processes: `torchrun --nproc-per-node N replicated_run.py FOLDER ALGORITHM` leaves its end there.
+"""A run by one or several processes: `torchrun --nproc-per-node N replicated_run.py FOLDER ALGORITHM` leaves its end.
 
 Every process has its share of each batch; of the odd last one the shares differ.
 """

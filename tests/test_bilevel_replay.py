@@ -156,10 +156,12 @@ def test_the_report_is_one_page_that_needs_no_network(run):
 def test_the_report_says_what_speaks_against_a_result(run):
     recorded = read_run(run)
     recorded.result.schedule[-1].values["weight_decay"] = 0.999
+    recorded.result.schedule[-1].values["label_smoothing"] = 1e-6
     recorded.result.schedule[-1].scales["label_smoothing"] = 0.01
     recorded.result.interrupted = True
     text = " ".join(trust_notes(recorded))
-    for expected in ("weight_decay is at its upper bound", "Scales below 0.05: label_smoothing", "interrupted"):
+    at_bounds = ("weight_decay is at its upper bound", "label_smoothing is at its lower bound")
+    for expected in (*at_bounds, "Scales below 0.05: label_smoothing", "interrupted"):
         assert expected in text
 
 

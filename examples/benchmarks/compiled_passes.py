@@ -122,18 +122,21 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     device = torch.device(options.device)
-    rows = [measure(name, device, options.batch, options.repetitions) for name in options.models]
+    rows: list[dict[str, float | str]] = []
+    for name in options.models:
+        rows.append(measure(name, device, options.batch, options.repetitions))
+        Console().print(rows[-1])
+        if options.out is not None:  # at once: the next model may take minutes to compile
+            with options.out.open("w", newline="") as file:
+                writer = csv.DictWriter(file, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
     shown = Table(title="time of the compiled pass / of the pass as it is", title_justify="left")
     for column in rows[0]:
         shown.add_column(column)
     for row in rows:
         shown.add_row(*(f"{value:.3g}" if isinstance(value, float) else value for value in row.values()))
     Console().print(shown)
-    if options.out is not None:
-        with options.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
 
 
 if __name__ == "__main__":

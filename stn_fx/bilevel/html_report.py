@@ -7,10 +7,9 @@ from typing import Any
 
 from stn_fx.bilevel.plot import draw
 from stn_fx.bilevel.recorded_run import RecordedRun, require_history
-from stn_fx.bilevel.trust import COLLAPSED, Trust
+from stn_fx.bilevel.trust import COLLAPSED, Trust, at_bound
 from stn_fx.bilevel.verdict import verdicts
 
-NEAR_BOUND = 0.02
 LARGE_ERROR = 10
 
 EXPLANATION = (
@@ -67,11 +66,11 @@ def trust_notes(run: RecordedRun) -> list[str]:
     last = result.schedule[-1]
     for spec in run.specs:
         name, low, high = spec["name"], spec["low"], spec["high"]
-        if spec["discrete"] or high is None:
-            continue
-        place = (last.values[name] - low) / (high - low)
-        if 1 - place < NEAR_BOUND:
+        bound = None if spec["discrete"] else at_bound(last.values[name], low, high, spec["initial"])
+        if bound == "upper":
             notes.append(f"{name} is at its upper bound {high:g}: a higher one may be better.")
+        elif bound == "lower":
+            notes.append(f"{name} is at its lower bound {low:g}: the model wants none of it, or noise took it there.")
     collapsed = [name for name, scale in last.scales.items() if scale < COLLAPSED]
     if collapsed:
         notes.append(

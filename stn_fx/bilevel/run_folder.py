@@ -101,7 +101,7 @@ class RunFolder(Callback):
         self._text(name, json.dumps(content, indent=2) + "\n")
 
     def _text(self, name: str, text: str) -> None:
-        write_atomically(self.path / name, lambda path: _write_text(path, text))
+        write_atomically(self.path / name, lambda path: path.write_text(text))
 
     def _csv(self, name: str, rows: list[dict[str, Any]]) -> None:
         def write(path: Path) -> None:
@@ -134,7 +134,3 @@ def summary(result: FitResult, specs: list[dict[str, object]]) -> dict[str, obje
         "skipped_updates": result.skipped,
         "hyperparameters": specs,
     }
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)

@@ -19,6 +19,17 @@ from typing import Any
 
 COLLAPSED = 0.05
 """Scale in raw space below which the surrounding is too small to learn a response in."""
+NEAR_UPPER = 0.02
+"""Share of the range between the bounds."""
+NEAR_LOWER = 0.01
+"""Share of the initial distance from the lower bound, near which values live on a logarithmic scale."""
+
+
+def at_bound(value: float, low: float, high: float | None, initial: float) -> str | None:
+    """Which bound a value is at: "upper", "lower" or None; `high` is None or infinite where there is none."""
+    if high is not None and math.isfinite(high) and high - value < NEAR_UPPER * (high - low):
+        return "upper"
+    return "lower" if value - low < NEAR_LOWER * (initial - low) else None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from stn_fx.bilevel.algorithm import Algorithm, device_of, training_mode
 from stn_fx.bilevel.batch import Batch
 from stn_fx.bilevel.mixing import mix
 from stn_fx.bilevel.penalties import other_penalties, penalized_groups
-from stn_fx.bilevel.trust import COLLAPSED, Trust
+from stn_fx.bilevel.trust import COLLAPSED, Trust, at_bound
 from stn_fx.bilevel.updates import named_values
 from stn_fx.hparams.constraint import constrain
 
@@ -31,11 +31,6 @@ if TYPE_CHECKING:
 MEASUREMENT = 3
 """Added to the seed, as the streams in `stn_fx.bilevel.algorithm`."""
 PER_STEP = 7919
-NEAR_UPPER = 0.02
-"""Share of the range between the bounds."""
-NEAR_LOWER = 0.01
-"""Share of the initial distance from the lower bound, near which values live on a logarithmic scale."""
-
 
 Measured = dict[str, dict[str, float | None]]
 """Fields of `Trust` by name of hyperparameter; plain data, so that a run that is saved half way has them."""
@@ -210,8 +205,5 @@ def _bounds(stn: "SelfTuningModule") -> dict[str, str | None]:
     values = constrain(raw_H, space.low_H.double(), space.high_H.double()).tolist()
     found: dict[str, str | None] = {}
     for each, value in zip(space.resolved, values, strict=True):
-        width = each.high - each.low
-        upper = math.isfinite(width) and each.high - value < NEAR_UPPER * width
-        lower = value - each.low < NEAR_LOWER * (each.initial - each.low)
-        found[each.name] = "upper" if upper else "lower" if lower else None
+        found[each.name] = at_bound(value, each.low, each.high, each.initial)
     return found
