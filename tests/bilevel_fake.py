@@ -40,7 +40,8 @@ class FakeSelfTuningModule(nn.Module):
         weight = self.model.weight
         self.hparams = HyperparameterSpace(resolved, dtype=weight.dtype)
         self.exact = Exact(weight.shape, len(resolved)).to(weight.dtype)
-        self._compiled = SimpleNamespace(captured=SimpleNamespace(batch_axes=(0,)), plan=SimpleNamespace(sites=()))
+        captured, plan = SimpleNamespace(batch_axes=(0,)), SimpleNamespace(sites=())
+        self._compiled = SimpleNamespace(captured=captured, plan=plan, examples_lead=True)
 
     @property
     def G(self) -> nn.Parameter:

@@ -129,8 +129,8 @@ class StopInEpoch(Callback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("other", [False, True])
-def test_going_on_in_another_folder_tells_that_the_best_weights_are_elsewhere(tmp_path, other):
+@pytest.mark.parametrize("folder", ["run", "empty", "of another run"])
+def test_going_on_in_another_folder_tells_that_the_best_weights_are_elsewhere(tmp_path, folder):
     def fit(folder, *callbacks, **options):
         torch.manual_seed(0)
         stn = FakeSelfTuningModule(nn.Linear(8, 3, dtype=torch.float64), "weight_decay,label_smoothing")
@@ -140,6 +140,8 @@ def test_going_on_in_another_folder_tells_that_the_best_weights_are_elsewhere(tm
 
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "run", StopInEpoch(3))
-    context = pytest.warns(UserWarning, match="not the folder of the run that goes on") if other else nullcontext()
-    with context:
-        fit(tmp_path / ("other" if other else "run"), resume_from=tmp_path / "checkpoints")
+    if folder == "of another run":
+        run(tmp_path / folder)
+    warns = pytest.warns(UserWarning, match="not the folder of the run that goes on")
+    with nullcontext() if folder == "run" else warns:
+        fit(tmp_path / folder, resume_from=tmp_path / "checkpoints")

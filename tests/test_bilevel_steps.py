@@ -1,3 +1,4 @@
+import copy
 from functools import partial
 
 import pytest
@@ -319,3 +320,26 @@ def test_bfloat16_autocast_gives_nearly_the_same_gradients(hparams):
     for role in full:
         assert not torch.equal(full[role], lowered[role])
         assert torch.cosine_similarity(full[role], lowered[role], dim=0) > 0.99
+
+
+def test_the_linearized_pass_leaves_statistics_over_parameters_alone():
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(6, 4))
+            self.norm, self.out = nn.BatchNorm1d(4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.out(torch.tanh(x @ self.norm(self.table).t() @ self.table))
+
+    torch.manual_seed(0)
+    model, x, y = Table(), torch.randn(8, 4), torch.arange(8) % 3
+    twin = copy.deepcopy(model)
+    steps = stn_fx.DeltaSTN(stn_fx.transform(model, "weight_decay", (x,), seed=0))
+    plain = FixedHyperparameters(stn_fx.transform(twin, "weight_decay", (x,), seed=0, response=None))
+    for _ in range(4):
+        steps.inner_step((x, y))
+        plain.inner_step((x, y))
+    for mine, other in zip(model.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(mine, other)
+    assert model.norm.running_mean.any()

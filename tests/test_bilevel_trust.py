@@ -207,6 +207,17 @@ def test_an_output_without_examples_along_its_first_axis_is_left_out():
     assert found.hypergradient is not None
 
 
+def test_a_sequence_first_output_as_long_as_its_batch_is_left_out():
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(4, 3), torch.randn(8, 8, 4), torch.randint(0, 3, (8, 8))
+    stn = stn_fx.transform(model, "weight_decay", (x,), batch_axis=1)
+
+    def loss(output, target):
+        return nn.functional.cross_entropy(output.flatten(0, 1), target.flatten())
+
+    assert measure(DeltaSTN(stn, loss), (x, y), (x, y), 0)["weight_decay"].response_error is None
+
+
 def test_it_is_in_the_files_the_picture_and_the_page(tmp_path):
     _, result = trained(True, callbacks=[RunFolder(tmp_path)])
     recorded = read_run(tmp_path)

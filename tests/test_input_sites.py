@@ -154,3 +154,12 @@ def test_draws_resume():
     stn.generator().set_state(state)
     assert torch.equal(stn(x)[1], first)
     assert isinstance(stn._draws(), Draws)
+
+
+def test_holes_without_an_upper_bound_are_refused():
+    with pytest.raises(InputError, match=r"cutout\.holes has no upper bound"):
+        stn_fx.transform(
+            nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 3)),
+            stn_fx.Hyperparameter("cutout.holes", high=float("inf")),
+            (torch.randn(4, 3, 8, 8),),
+        )

@@ -8,7 +8,7 @@ from torch import nn
 
 import stn_fx
 from stn_fx.augment import Draws
-from stn_fx.bilevel import STN, GlobalSampling, PerBatch, PerExample, WithoutLinearization
+from stn_fx.bilevel import STN, BilevelTrainer, GlobalSampling, PerBatch, PerExample, WithoutLinearization
 from stn_fx.bilevel.replicas import Rows
 from stn_fx.compiler.emit import source
 from stn_fx.errors import InputError
@@ -126,3 +126,13 @@ def test_the_response_predicts_what_retraining_gives():
     (found,) = compare(on_features([noise], copies=60, repetitions=4))
     assert abs(found.retrained) > 2 * found.error
     assert 0.5 < found.predicted / found.retrained < 2, str(found)
+
+
+@pytest.mark.parametrize("hparams", [HPARAMS, HPARAMS[:3]])
+def test_a_run_measures_trust_in_the_others(hparams):
+    stn = wrapped(hparams)
+    trainer = BilevelTrainer(stn, train=[(X, Y)] * 3, valid=[(X + 1, Y)])
+    trust = trainer.fit(2, warmup_epochs=1, train_steps=1).history[-1].trust
+    measured = {name for name, each in trust.items() if each.promised is not None}
+    assert measured == {name for name in stn.hparams.names if name.startswith("dropout")}
+    assert all(each.hypergradient is not None for each in trust.values())

@@ -103,7 +103,8 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def test_recurrent_weights_have_one_term_and_say_so() -> None:
     model = Tagger()
-    stn = stn_fx.transform(model, "dropout", (tokens(3),), response=stn_fx.RowWise(3))
+    hparams = "dropout,weight_decay,label_smoothing"
+    stn = stn_fx.transform(model, hparams, (tokens(3),), response=stn_fx.RowWise(3))
     plans = {plan.name: plan for plan in stn.compiled.plan.parameters}
     recurrent, head = plans["net.weight_ih_l0"], plans["head.weight"]
     assert (recurrent.terms, head.terms) == (1, 3)

@@ -16,6 +16,7 @@ from stn_fx.bilevel import (
     BilevelTrainer,
     DeltaSTN,
     FixedHyperparameters,
+    GlobalSampling,
     Linearized,
     PerExample,
     SharedForward,
@@ -25,6 +26,7 @@ from stn_fx.bilevel.mixing import mix
 from stn_fx.bilevel.penalties import penalties
 from stn_fx.bilevel.replicas import Rows
 from stn_fx.errors import InputError, StnError
+from stn_fx.rules import Rule, load_builtin_rules
 
 SEED = 7
 
@@ -215,9 +217,34 @@ def test_it_trains_tunes_and_goes_on(updates):
     assert result.skipped == 0
 
 
+def test_a_rule_of_the_users_own_is_not_taken_to_train():
+    class OwnTanh(Rule):
+        name = "own tanh"
+        targets = (torch.ops.aten.tanh.default,)
+
+        def linearize(self, emit, node):
+            primal = emit.copy(node)
+            slope = emit.call(torch.rsub, emit.call(torch.square, primal), 1.0)
+            return primal, emit.call(torch.mul, slope, emit.tangent(node.args[0]))
+
+    def transformed(known):
+        rules = load_builtin_rules().copy()
+        rule = OwnTanh()
+        rule.differentiable_primal = known
+        rules.add(rule)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+        return stn_fx.transform(model, "weight_decay", (torch.randn(4, 6).double(),), rules=rules)
+
+    with pytest.raises(StnError, match="own tanh at 1 cannot train"):
+        SharedForward(transformed(None))
+    assert not SharedForward(transformed(True)).inner_step(batches(1)[0]).skipped
+
+
 def test_options_are_checked():
     with pytest.raises(InputError, match="every=0"):
         SharedForward(noisy(), every=0)
     with pytest.raises(InputError, match="response_step"):
         SharedForward(noisy(), response_step=Linearized())
+    with pytest.raises(InputError, match="around the initial"):
+        SharedForward(noisy(), sampling=GlobalSampling())
     assert SharedForward(noisy()).description() != SharedForward(noisy(), every=3).description()

@@ -143,3 +143,10 @@ def test_zeros_of_other_devices_and_small_ones_are_torchs() -> None:
         assert untouched_zeros((4096, 4096)).is_meta
     assert torch.equal(untouched_zeros((2, 3)), torch.zeros(2, 3))
     assert untouched_zeros((0, 3)).shape == (0, 3)
+
+
+def test_several_terms_of_a_row_have_directions_of_their_own() -> None:
+    response = made("three terms")
+    directions_OTH = response.V.detach().transpose(0, 1)
+    products_OTT = directions_OTH @ directions_OTH.transpose(1, 2)
+    torch.testing.assert_close(products_OTT, (torch.eye(3, dtype=torch.float64) / 3).expand(4, 3, 3), atol=1e-6, rtol=0)

@@ -59,13 +59,25 @@ class RunFolder(Callback):
             ) from error
 
     def check(self, trainer: "BilevelTrainer", result: FitResult) -> None:
-        if result.resumed_at and result.best and not (self.path / "model.pt").exists():
+        if result.resumed_at and result.best and not self._holds(result):
             warnings.warn(
                 f"{self.path} is not the folder of the run that goes on: the weights of its best epoch so far "
                 f"({result.best.epoch}) are not there, and model.pt is written at a better one only. Give the folder "
                 f"of that run, or keep the weights by KeepBest.",
                 stacklevel=2,
             )
+
+    def _holds(self, result: FitResult) -> bool:
+        """Whether the folder is that of the run so far: it may hold more epochs than the checkpoint, or one less."""
+        try:
+            theirs = json.loads((self.path / "history.json").read_text())
+        except (OSError, ValueError):
+            return False
+        mine = json.loads(json.dumps([asdict(record) for record in result.history]))
+        common = min(len(theirs), len(mine))
+        same = json.dumps(theirs[:common]) == json.dumps(mine[:common])
+        assert result.best is not None
+        return same and common >= result.best.epoch and (self.path / "model.pt").exists()
 
     def fit_started(self, trainer: "BilevelTrainer", epochs: int, result: FitResult) -> None:
         if not result.resumed_at:  # nothing of an older run stays beside the new one

@@ -19,6 +19,7 @@ from stn_fx.bilevel.decay import Decay
 from stn_fx.bilevel.generators import default_generators
 from stn_fx.bilevel.mixing import mix
 from stn_fx.bilevel.penalties import other_penalties
+from stn_fx.bilevel.sampling import GlobalSampling
 from stn_fx.bilevel.steps import RESPONSE_EVERY, DeltaSTN
 from stn_fx.bilevel.updates import (
     base_update,
@@ -59,6 +60,11 @@ class SharedForward(DeltaSTN):
     ) -> None:
         if options.get("response_step") is not None:
             raise InputError("SharedForward has a response step of its own. Leave response_step out.")
+        if isinstance(options.get("sampling"), GlobalSampling):
+            raise InputError(
+                "SharedForward with GlobalSampling would train the weights around the initial hyperparameters, "
+                "whatever the current ones are. Use PerExample, or DeltaSTN."
+            )
         require_count("every", every)
         super().__init__(stn, *arguments, **options)
         self.every = every
@@ -69,12 +75,14 @@ class SharedForward(DeltaSTN):
         """One update of the base parameters, and in every so many steps one of the response by the same forward."""
         batch = self.prepare(content)
         due = self._passed // self.updates.accumulate % self.every == 0
-        self._passed += 1
         with training_mode(self.stn):
             if due:
-                return InnerRecord.of(*self._joint_update(batch))
-            updater = self.updaters["base"]
-            return InnerRecord.of(base_update(self.stn, self.objective, updater, batch, self.precision()))
+                outcomes = self._joint_update(batch)
+            else:
+                updater = self.updaters["base"]
+                outcomes = (base_update(self.stn, self.objective, updater, batch, self.precision()),)
+        self._passed += 1
+        return InnerRecord.of(*outcomes)
 
     def description(self) -> dict[str, Any]:
         own = f"one forward with the weights (every={self.every}, antithetic={self.antithetic})"
@@ -91,7 +99,7 @@ class SharedForward(DeltaSTN):
         _ = self.stn.compiled.joint  # refused before anything is trained, where the model has none
         super()._build_optimizers()
 
-    def _joint_update(self, batch: Batch) -> tuple[Outcome, Outcome]:
+    def _joint_update(self, batch: Batch) -> tuple[Outcome, ...]:
         stn, objective = self.stn, self.objective
         raw_BH = self.sampling.inner(stn.hparams, batch.rows, self.perturbations).detach()
         raws = [raw_BH, self.sampling.opposite(stn.hparams, raw_BH)] if self.antithetic else [raw_BH]

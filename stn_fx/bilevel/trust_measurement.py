@@ -70,9 +70,13 @@ def measure_response(algorithm: Algorithm, content: Any, step: int) -> Measured:
     device = space.raw.device
     generator = torch.Generator(device).manual_seed(seed)
     noise_B = torch.randn(rows.total, generator=generator, dtype=space.raw.dtype, device=device)
+    # What has one value for a whole batch cannot be perturbed in some of its examples.
+    own = torch.tensor([h for h in range(len(space)) if h not in space.per_batch], device=device)
+    if not len(own) or not stn.compiled.examples_lead:
+        return {}
     # Where there are more hyperparameters than examples for them, others have their turn in another epoch.
-    first = torch.randint(len(space), (1,), generator=generator, device=device)
-    which_B = (torch.randperm(rows.total, generator=generator, device=device) + first) % len(space)
+    first = torch.randint(len(own), (1,), generator=generator, device=device)
+    which_B = own[(torch.randperm(rows.total, generator=generator, device=device) + first) % len(own)]
     noise_B, which_B = noise_B[rows.start : rows.stop], which_B[rows.start : rows.stop]
     delta_BH = torch.nn.functional.one_hot(which_B, len(space)) * (space.scales().detach() * noise_B[:, None])
     pair = []

@@ -66,6 +66,11 @@ class CapturedGraph:
         """The outputs in the structure that the user's model returns."""
         return pytree.tree_unflatten(list(outputs), self.output_spec)
 
+    def output_nodes(self) -> list[Node]:
+        """What the model returns, flattened."""
+        (output,) = (node for node in self.graph.nodes if node.op == "output")
+        return [node for node in output.args[0] if isinstance(node, Node)]  # type: ignore[union-attr]
+
     def placeholders(self) -> dict[str, Node]:
         """Placeholder nodes by name."""
         return {node.name: node for node in self.graph.nodes if node.op == "placeholder"}

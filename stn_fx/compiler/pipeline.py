@@ -27,7 +27,7 @@ from stn_fx.compiler.sites import choose_insertions, find_sites
 from stn_fx.compiler.uses import ParameterFlow, find_uses
 from stn_fx.errors import BatchLayoutError, CaptureError, InputError, StnError
 from stn_fx.hparams import Selection
-from stn_fx.rules import Registry
+from stn_fx.rules import Registry, load_builtin_rules
 from stn_fx.rules.structure import LowRank, RowWise
 from stn_fx.rules.tangent import differentiable
 
@@ -49,6 +49,13 @@ class CompiledModel:
     predicted_cost: Any = None
     """Filled in by the report, which is the one to ask for it."""
 
+    @property
+    def examples_lead(self) -> bool:
+        """Whether axis 0 of every floating output holds the examples, and nothing but them."""
+        analysed = self.analysed["training"]
+        nodes = [node for node in analysed.captured.output_nodes() if differentiable(node.meta.get("val"))]
+        return all(tuple(analysed.layouts.get(node, ())) == (0, 1, 1) for node in nodes)
+
     @cached_property
     def joint(self) -> GraphModule:
         """The linearized pass on the training graph as the pass that trains the model; only one variant needs it.
@@ -58,19 +65,22 @@ class CompiledModel:
         """
         nodes = self.analysed["training"].captured.graph.nodes
         rules = {node: rule for node in nodes if (rule := self.registry.find(node)) is not None}
-        lacking = [node for node, rule in rules.items() if not rule.differentiable_primal]
+        own = set(load_builtin_rules().rules())
+        known = {rule: rule.differentiable_primal for rule in rules.values()}
+        lacking = [node for node, rule in rules.items() if not (rule in own if known[rule] is None else known[rule])]
         if lacking:
             places = sorted({f"{rules[node].name} at {module_path(node) or 'the model'}" for node in lacking})
             raise StnError(
                 f"The linearized pass of {', '.join(places[:4])} cannot train the model: its primal passes no gradient "
-                f"on. Use DeltaSTN instead of SharedForward."
+                f"on, or is not known to (a rule of your own says so by differentiable_primal = True). Use DeltaSTN "
+                f"instead of SharedForward."
             )
         return rewrite(self.analysed["training"], self.plan, self.registry, "linearized", updates_buffers=True)
 
     @cached_property
     def response_training(self) -> GraphModule:
         """The response pass on the training graph, with dropout and augmentation; only some variants need it."""
-        return rewrite(self.analysed["training"], self.plan, self.registry, "response")
+        return rewrite(self.analysed["training"], self.plan, self.registry, "response", updates_buffers=True)
 
 
 def compile_model(
@@ -121,6 +131,7 @@ def compile_model(
     require_time_axes(sites, {node.name: node for node in captured.training.graph.nodes})
     fallbacks = _fallback_notes(captured, analysed.values(), registry)
     notes = (*captured.notes, *([note] if note else []), *chosen, *left_augmentations(model, selections), *fallbacks)
+    parameters = [each.with_terms_for(len(hyperparameters)) for each in parameters]
     plan = Plan(tuple(parameters), tuple(sites), tuple(hyperparameters), effective, notes)
     return CompiledModel(
         plan,

@@ -52,6 +52,14 @@ class ParameterPlan:
             return self
         return replace(self, structure="none", rule="", through=(), reason="no response was asked for")
 
+    def with_terms_for(self, hyperparameters: int) -> "ParameterPlan":
+        """The same parameter with as many terms as hyperparameters at most."""
+        terms = min(self.terms, max(1, hyperparameters))
+        if self.terms == 1:
+            return self
+        several = "" if terms == 1 else f"{terms} terms, " if self.reason else f"{terms} terms"
+        return replace(self, terms=terms, reason=several + self.reason)
+
     def response_scalars(self, hyperparameters: int) -> int:
         """Number of response parameters that the structure adds."""
         rows = self.shape[self.row_axis] if self.shape else 1

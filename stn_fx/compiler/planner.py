@@ -128,7 +128,7 @@ def _terms(uses: list[WeightUse], registry: Registry, response: LowRank | RowWis
     lacking = [rule.name for use in uses if (rule := registry.find(use.consumer)) is not None and rule.single_term]
     if response.terms > 1 and lacking:
         return 1, f"one term, as the {lacking[0]} takes no more"
-    return response.terms, "" if response.terms == 1 else f"{response.terms} terms"
+    return response.terms, ""
 
 
 def _padding_row(uses: list[WeightUse], registry: Registry) -> int | None:

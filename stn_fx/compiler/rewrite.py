@@ -26,6 +26,7 @@ from stn_fx.compiler.functionalize import module_path
 from stn_fx.compiler.layouts import unit_size
 from stn_fx.compiler.plan import ParameterPlan, Plan, SitePlan
 from stn_fx.compiler.planner import AnalysedGraph
+from stn_fx.errors import InputError
 from stn_fx.rules import Registry, Rule
 from stn_fx.rules.activation_terms import activation_tap
 from stn_fx.rules.per_example import per_example, per_example_tangent
@@ -40,6 +41,8 @@ _CONSTANT = {
     aten.new_full.default, aten.new_empty.default, aten.bernoulli.default, aten.bernoulli.p,
 }  # fmt: skip
 """Their values do not change with those of their inputs; asked for a derivative, the random ones would draw again."""
+_TRACKING: dict[Any, str] = {aten.batch_norm.default: "training", aten.instance_norm.default: "use_input_stats"}
+"""Operators that write running statistics, and the argument that lets them."""
 _PARTS = {"row-wise": ("U", "V"), "low-rank": ("A", "B", "V")}
 SIGNATURE = ("state", "response", "values", "delta", "draws")
 
@@ -340,6 +343,8 @@ class GraphEmitter:
         return self.call(operator.getitem, source, index)
 
     def copy(self, node: Node, /, **replaced: Any) -> Node:
+        if not self.updates_buffers and self._follows_statistics(node):
+            replaced = {"running_mean": None, "running_var": None} | replaced
         arguments, options = self._call_arguments(node)
         names = self._argument_names(node)
         for name, value in replaced.items():
@@ -348,6 +353,10 @@ class GraphEmitter:
             elif value is not None or name in options:
                 options[name] = value
         return self.call(node.target, *arguments, **options)
+
+    def _follows_statistics(self, node: Node) -> bool:
+        """Whether the call writes running statistics, and needs none."""
+        return node.target in _TRACKING and bool(self.argument(node, _TRACKING[node.target]))
 
     def copy_with(self, node: Node, position: int, operand: Any, /, **replaced: Any) -> Node:
         return self.copy(node, **{self.argument_name(node, position): operand, **replaced})
@@ -381,7 +390,10 @@ class GraphEmitter:
 
     def upper_bound(self, node: Node, part: str) -> int:
         name = dict(self.sites[node.name].hyperparameters)[part]
-        return math.ceil(self.plan.hyperparameters[self.plan.column(name)].high)
+        high = self.plan.hyperparameters[self.plan.column(name)].high
+        if math.isinf(high):
+            raise InputError(f"{name} has no upper bound, and its masks have room for so many only. Choose one: high=.")
+        return math.ceil(high)
 
     def option(self, node: Node, name: str) -> Any:
         site = self.sites.get(node.name)

@@ -114,8 +114,11 @@ class Rule:
     single_term: bool = False
     """Whether the rule takes one structured change of a weight only, not a sum of several."""
 
-    differentiable_primal: bool = True
-    """Whether the primal that ``linearize`` gives is differentiable in what it is made of, so that it can train."""
+    differentiable_primal: bool | None = None
+    """Whether the primal that ``linearize`` gives is differentiable in what it is made of, so that it can train.
+
+    None: those of stn_fx's own rules are; of others it is not known, and they do not train.
+    """
 
     def covers(self, node: Node) -> bool:
         """Whether the rule holds for this call; other calls of its operators go the general way."""

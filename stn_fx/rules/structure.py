@@ -33,9 +33,10 @@ CHUNK = 1 << 18
 class RowWise:
     """Sum of row-wise responses, ``DeltaW_i = sum_t diag(V_t delta_i) U_t``: each row moves in ``terms`` directions.
 
-    With one term, the papers' response, all hyperparameters move a row along one direction. Each term has the memory of
-    the weights and, in the linearized and the response pass, one more product with them. The weights of recurrent
-    networks have one term; the report says which.
+    With one term, the papers' response, all hyperparameters move a row along one direction; with as many terms as there
+    are hyperparameters, the most that are made, the response is the exact Jacobian. Each term has the memory of the
+    weights and, in the linearized and the response pass, one more product with them. The weights of recurrent networks
+    have one term; the report says which.
     """
 
     terms: int = 1
@@ -151,7 +152,10 @@ class RowWiseResponse(Response):
 
 
 class RowWiseSumResponse(Response):
-    """``DeltaW_i = sum_t diag(V_t delta_i) U_t`` along ``row_axis``; ``U`` (terms, shape of W), ``V`` (terms, O, H)."""
+    """``DeltaW_i = sum_t diag(V_t delta_i) U_t`` along ``row_axis``; ``U`` (terms, shape of W), ``V`` (terms, O, H).
+
+    There are H terms at most: more have no directions of their own.
+    """
 
     kind = "row-wise"
 
@@ -162,10 +166,13 @@ class RowWiseSumResponse(Response):
         self.V = nn.Parameter(torch.empty(terms, self.shape[row_axis], hyperparameters))
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Draw ``V``: random signs, others for each term."""
-        _random_signs(self.V, generator)
+        """Draw ``V``: for each row orthogonal directions; parallel terms would stay copies of each other for ever."""
+        terms, rows, hyperparameters = self.V.shape
+        # On the CPU in float32, as everything that is drawn.
+        drawn_OHT = torch.randn(rows, hyperparameters, terms, generator=generator, device="cpu", dtype=torch.float32)
+        directions_OHT = torch.linalg.qr(drawn_OHT)[0] / math.sqrt(terms)
         with torch.no_grad():
-            self.V.div_(math.sqrt(len(self.V)))
+            self.V.copy_(directions_OHT.permute(2, 0, 1))
 
     def silence(self, row: int) -> None:
         """Nothing to do: U stays zero where no gradient comes."""
