@@ -170,6 +170,32 @@ def test_between_its_steps_weights_are_trained_at_the_current_hyperparameters():
     assert fixed.inner_step(second).loss == records[1].loss
 
 
+def test_both_perturbations_see_the_buffers_as_they_are():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 3).double()
+            self.register_buffer("steps", torch.ones((), dtype=torch.float64))
+
+        def forward(self, x):
+            if self.training:
+                self.steps.add_(1)
+            return self.linear(x) / self.steps
+
+    def wrapped():
+        torch.manual_seed(0)
+        return stn_fx.transform(
+            Counting(), "weight_decay,label_smoothing", (torch.randn(4, 6).double(),), seed=0
+        ).train()
+
+    (batch,), stn, twin = batches(1), wrapped(), wrapped()
+    SharedForward(stn, every=1, **RATES).inner_step(batch)
+    separate = DeltaSTN(twin, response_step=Linearized(), **RATES)
+    separate.response_step(separate, separate.prepare(batch))
+    assert_same(list(stn.response_parameters()), list(twin.response_parameters()))
+    assert stn.model.steps == 2
+
+
 def test_the_opposite_pass_leaves_the_masks_of_training_alone():
     losses = []
     for antithetic in (False, True):

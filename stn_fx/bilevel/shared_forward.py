@@ -5,7 +5,9 @@ Here the primal of the linearized pass is also what the weights learn from, so t
 hyperparameters, as in the first STN paper (MacKay et al. 2019), but never through the response.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +19,7 @@ from stn_fx.bilevel.apply import Outcome
 from stn_fx.bilevel.batch import Batch
 from stn_fx.bilevel.decay import Decay
 from stn_fx.bilevel.generators import default_generators
-from stn_fx.bilevel.mixing import mix
+from stn_fx.bilevel.mixing import MixedBatch, mix
 from stn_fx.bilevel.penalties import other_penalties
 from stn_fx.bilevel.sampling import GlobalSampling
 from stn_fx.bilevel.steps import RESPONSE_EVERY, DeltaSTN
@@ -31,7 +33,7 @@ from stn_fx.bilevel.updates import (
 from stn_fx.errors import InputError
 
 if TYPE_CHECKING:
-    from stn_fx.transform import SelfTuningModule
+    from stn_fx.transform import LinearizedPass, SelfTuningModule
 
 
 class SharedForward(DeltaSTN):
@@ -104,51 +106,44 @@ class SharedForward(DeltaSTN):
         raw_BH = self.sampling.inner(stn.hparams, batch.rows, self.perturbations).detach()
         raws = [raw_BH, self.sampling.opposite(stn.hparams, raw_BH)] if self.antithetic else [raw_BH]
         values = named_values(stn, raw_BH)
-        again = self._same_draws()
         settle = buffers_of_an_update(stn, self.updaters["base"])
-        with self.precision():
-            mixed = mix(stn, batch, values)
-            primal, tangent, activations, changes = mixed.batch.feed(stn.linearize_and_train, raw=raw_BH)
+
+        @cache
+        def forward() -> "tuple[MixedBatch, LinearizedPass]":
+            with self.precision():
+                mixed = mix(stn, batch, values)
+                return mixed, mixed.batch.feed(stn.linearize_and_train, raw=raw_BH)
 
         def loss_of(output: Any, seen: list[Tensor], perturbed: Tensor | None) -> Tensor:
             with self.precision():
-                targeted = mixed.with_targets(output)
+                targeted = forward()[0].with_targets(output)
                 loss = objective.training_loss(output, targeted, values)
                 return sum(other_penalties(stn, output, values, perturbed, targeted, seen), loss)
 
         def response_loss() -> Tensor:
-            linearized = sum_of_primal_and_tangent(primal, tangent)
+            primal, tangent, activations, changes = forward()[1]
             moved = [a.detach() + change for a, change in zip(activations, changes, strict=True)]
-            return loss_of(linearized, moved, raw_BH)
+            return loss_of(sum_of_primal_and_tangent(primal, tangent), moved, raw_BH)
 
         def opposite_loss() -> Tensor:
-            return again(lambda: linearized_response_loss(stn, objective, batch, raws[1], self.precision()))
+            with self._drawn_again():
+                return linearized_response_loss(stn, objective, batch, raws[1], self.precision())
 
-        # The response first: a step of the weights would change what its graph has saved.
-        losses = [response_loss, opposite_loss] if self.antithetic else [response_loss]
+        # The opposite first, which sees the buffers as they are; the weights last, as the response's graph holds them.
+        losses = [opposite_loss, response_loss] if self.antithetic else [response_loss]
         both_BH = torch.cat(raws)
         decay, share = Decay(stn, named_values(stn, both_BH), both_BH), batch.rows.share
         response = self.updaters["response"].apply(losses, "training loss of the response", share, decay)
-        loss = loss_of(primal, activations, None)
+        trained = forward()[1]
+        loss = loss_of(trained.primal, trained.activations, None)
         what = "training loss of the perturbed network"
         return settle(self.updaters["base"].apply(loss, what, share, Decay(stn, values))), response
 
-    def _same_draws(self) -> Callable[[Callable[[], Tensor]], Tensor]:
-        """What computes something with the masks that are drawn from now on, leaving the generators as it finds them.
-
-        A model may draw random numbers of its own from the global ones.
-        """
+    @contextmanager
+    def _drawn_again(self) -> Iterator[None]:
+        """What is drawn inside is drawn again afterwards; a model may draw from the global generators too."""
         generators = [*self._masks(), *default_generators(self.stn.hparams.raw.device)]
-        now = [generator.get_state() for generator in generators]
-
-        def again(compute: Callable[[], Tensor]) -> Tensor:
-            later = [generator.get_state() for generator in generators]
-            for generator, state in zip(generators, now, strict=True):
-                generator.set_state(state)
-            try:
-                return compute()
-            finally:
-                for generator, state in zip(generators, later, strict=True):
-                    generator.set_state(state)
-
-        return again
+        states = [generator.get_state() for generator in generators]
+        yield
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
