@@ -80,3 +80,9 @@ def test_rounding_is_exact_and_passes_the_gradient(dtype):
     torch.testing.assert_close(rounded[:, 1], values[:, 1], rtol=0, atol=0)
     rounded.sum().backward()
     assert (values.grad == 1).all()
+
+
+def test_a_value_that_no_raw_value_gives_is_refused():
+    assert unconstrain("weight_decay", math.exp(79.0), 0.0, math.inf) == pytest.approx(79.0)
+    with pytest.raises(OutOfBoundsError, match="too large"):
+        unconstrain("weight_decay", 1e36, 0.0, math.inf)

@@ -35,7 +35,7 @@ def constrain(raw_BH: Tensor, low_H: Tensor, high_H: Tensor) -> Tensor:
         high_H: upper bounds, above `low_H`; infinity where there is none.
 
     Returns:
-        Values shaped like `raw_BH`, always finite and within [low, high].
+        Values shaped like `raw_BH`, always within [low, high], and finite in float32, float64 and bfloat16.
     """
     closed_H = torch.isfinite(high_H)
     width_H = torch.where(closed_H, high_H - low_H, 1.0)
@@ -56,7 +56,7 @@ def unconstrain(name: str, value: float, low: float, high: float) -> float:
         high: upper bound, or infinity.
 
     Raises:
-        OutOfBoundsError: `value` lies at a bound (its raw value would be infinite), outside, or is NaN.
+        OutOfBoundsError: `value` lies at a bound (its raw value would be infinite), outside, is NaN, or too large.
     """
     if not low < value < high or math.isinf(value):
         raise OutOfBoundsError(
@@ -64,6 +64,8 @@ def unconstrain(name: str, value: float, low: float, high: float) -> float:
             f"only at an infinite raw value. Choose a value inside, or set other bounds with low= and high=."
         )
     if math.isinf(high):
+        if value - low > math.exp(LARGEST_EXPONENT):
+            raise OutOfBoundsError(f"{name} = {value:g} is too large: values go up to exp({LARGEST_EXPONENT:g}).")
         return math.log(value - low)
     return math.log(value - low) - math.log(high - value)
 
