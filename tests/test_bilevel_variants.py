@@ -1,5 +1,6 @@
 """The variants of the papers, each against its definition."""
 
+import copy
 from contextlib import nullcontext
 from functools import partial
 
@@ -106,6 +107,21 @@ def test_scales_that_a_sampling_does_not_use_are_not_tuned():
     assert torch.equal(stn.hparams.raw_scale, scales)
     with pytest.raises(InputError, match="nothing to do"):
         make_fake(sampling=GlobalSampling(), scale_optimizer=partial(SGD, lr=0.1))
+
+
+def test_stn_moves_every_buffer_as_training_does():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4, momentum=None), nn.Linear(4, 3))
+    still = partial(SGD, lr=0.0)
+    steps = STN(
+        stn_fx.transform(model, "weight_decay", (torch.randn(4, 8),)), base_optimizer=still, response_optimizer=still
+    )
+    plain, x = copy.deepcopy(model).train(), torch.randn(6, 8)
+    for batch in (x, x + 1):
+        steps.inner_step((batch, torch.arange(6) % 3))
+        plain(batch)
+    assert model[1].num_batches_tracked == 2
+    torch.testing.assert_close(model[1].running_mean, plain[1].running_mean)
 
 
 @pytest.mark.parametrize("algorithm", [STN, DeltaSTN])

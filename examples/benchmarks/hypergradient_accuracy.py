@@ -186,6 +186,12 @@ class Findings:
         """Cosines of the mean differences of half of the pairs with those of the other half, by windows."""
         return _cosines(self.differences_SWH[::2].mean(0), self.differences_SWH[1::2].mean(0))
 
+    def of_single_pairs(self) -> list[float]:
+        """Cosines of each pair's differences with the mean of the others, medians over the pairs, by windows."""
+        total_WH, count = self.differences_SWH.sum(0), len(self.differences_SWH)
+        alone = [_cosines(pair_WH, (total_WH - pair_WH) / (count - 1)) for pair_WH in self.differences_SWH]
+        return [statistics.median(each) for each in zip(*alone, strict=True)]
+
     def cosines(self, way: str) -> list[list[float]]:
         """Of each response with the mean differences, by windows."""
         return [_cosines(predicted_WH, self.differences_SWH.mean(0)) for predicted_WH in self.predicted_RWH[way]]
@@ -251,8 +257,9 @@ def table(findings: Findings, window: int) -> Table:
     shown = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
     for column in ("way", "all", *(str((w + 1) * window) for w in range(findings.differences_SWH.shape[1]))):
         shown.add_column(column, justify="left" if column == "way" else "right", no_wrap=column != "way")
-    halves = findings.between_halves()
-    shown.add_row("differences among themselves", *(f"{c:.2f}" for c in (statistics.median(halves), *halves)))
+    among = {"halves of the pairs": findings.between_halves(), "one pair with the others": findings.of_single_pairs()}
+    for name, found in among.items():
+        shown.add_row(name, *(f"{c:.2f}" for c in (statistics.median(found), *found)))
     for way in findings.predicted_RWH:
         cosines = findings.cosines(way)
         median = statistics.median(cosine for each in cosines for cosine in each)

@@ -73,9 +73,9 @@ class RunFolder(Callback):
             theirs = json.loads((self.path / "history.json").read_text())
         except (OSError, ValueError):
             return False
-        mine = json.loads(json.dumps([asdict(record) for record in result.history]))
-        common = min(len(theirs), len(mine))
-        same = json.dumps(theirs[:common]) == json.dumps(mine[:common])
+        common = min(len(theirs), len(result.history))
+        mine = [asdict(record) for record in result.history[:common]]
+        same = json.dumps(theirs[:common]) == json.dumps(mine)  # as text, in which nan equals nan
         assert result.best is not None
         return same and common >= result.best.epoch and (self.path / "model.pt").exists()
 

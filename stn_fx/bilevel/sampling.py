@@ -71,7 +71,7 @@ class PerBatch(Sampling):
     """
 
     def check(self, model: nn.Module) -> None:
-        if any(isinstance(each, _BatchNorm) and each.training >= model.training for each in model.modules()):
+        if any(isinstance(each, _BatchNorm) and (each.training or not model.training) for each in model.modules()):
             warnings.warn(
                 "PerBatch beside batch norms: what the response changes in all examples of a batch alike, they take "
                 "out again. Use PerExample, or put the batch norms in evaluation mode.",

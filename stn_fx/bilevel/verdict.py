@@ -66,7 +66,10 @@ def _against(end: Trust, last: list[Trust], tuned: list[Trust], scale: float) ->
             "whether a run from a higher start ends there too."
         )
     if end.response_error is None:
-        return "Its response could not be measured (no examples along the first axis of the output, or too few)."
+        return (
+            "Its response could not be measured (no examples along the first axis of the output, too few, or one value "
+            "for all examples of a batch)."
+        )
     if (end.delivery_signal or 0) <= -SEEN:
         return (
             "Its response is worse than none: at fresh perturbations it raises the training loss, so it is mostly "

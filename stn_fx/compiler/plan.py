@@ -55,10 +55,8 @@ class ParameterPlan:
     def with_terms_for(self, hyperparameters: int) -> "ParameterPlan":
         """The same parameter with as many terms as hyperparameters at most."""
         terms = min(self.terms, max(1, hyperparameters))
-        if self.terms == 1:
-            return self
-        several = "" if terms == 1 else f"{terms} terms, " if self.reason else f"{terms} terms"
-        return replace(self, terms=terms, reason=several + self.reason)
+        notes = ([f"{terms} terms"] if terms > 1 else []) + ([self.reason] if self.reason else [])
+        return replace(self, terms=terms, reason=", ".join(notes))
 
     def response_scalars(self, hyperparameters: int) -> int:
         """Number of response parameters that the structure adds."""

@@ -52,7 +52,7 @@ def rewrite(
 ) -> GraphModule:
     """Graph of the "base", "linearized" or "response" pass, linted and recompiled.
 
-    The base pass updates the model's buffers; a linearized pass does with ``updates_buffers``.
+    The base pass updates the buffers that it is given; another one does with ``updates_buffers``.
     """
     emitter = GraphEmitter(analysed, plan, registry, kind, updates_buffers or kind == "base")
     graph = emitter.run()

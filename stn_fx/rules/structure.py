@@ -34,7 +34,7 @@ class RowWise:
     """Sum of row-wise responses, ``DeltaW_i = sum_t diag(V_t delta_i) U_t``: each row moves in ``terms`` directions.
 
     With one term, the papers' response, all hyperparameters move a row along one direction; with as many terms as there
-    are hyperparameters, the most that are made, the response is the exact Jacobian. Each term has the memory of the
+    are hyperparameters, the most that are made, it can be any Jacobian. Each term has the memory of the
     weights and, in the linearized and the response pass, one more product with them. The weights of recurrent networks
     have one term; the report says which.
     """
