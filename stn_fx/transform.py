@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from stn_fx.augment.draws import Draws
@@ -283,9 +284,23 @@ class SelfTuningModule(nn.Module):
         Differentiable in ``raw`` (B, H); None = the live raw Parameter for every example.
         """
         compiled, inputs = self._prepare(args, kwargs)
+        return self._respond(compiled, compiled.response, inputs, raw)
+
+    def respond_with_statistics(self, *args: Any, raw: Tensor | None = None, **kwargs: Any) -> Any:
+        """The response pass as outer steps differentiate it: running statistics of batch norms follow the weights.
+
+        The value is that of ``respond``. Its derivatives also go through the running statistics that training updates:
+        other weights would have led to other statistics, which are taken to change as those of this batch do. With
+        statistics that stay, the scale of each weight row before a batch norm, to which the trained model is
+        indifferent, would move the output; the response learns nothing about it, so this is noise.
+        """
+        compiled, inputs = self._prepare(args, kwargs)
+        return self._respond(compiled, compiled.response_with_statistics, inputs, raw)
+
+    def _respond(self, compiled: CompiledModel, graph: GraphModule, inputs: list[Any], raw: Tensor | None) -> Any:
         _, delta_BH = self._displacement(raw, compiled.captured.batch_size(inputs))
         with without_autocast(self.model):
-            outputs = compiled.response(self._state(compiled), self._response(), None, delta_BH, None, *inputs)
+            outputs = graph(self._state(compiled), self._response(), None, delta_BH, None, *inputs)
         return compiled.captured.evaluation.unflatten(outputs)
 
     def respond_in_training(

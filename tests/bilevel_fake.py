@@ -79,6 +79,10 @@ class FakeSelfTuningModule(nn.Module):
     def linearize_with_activations(self, x: Tensor, raw: Tensor) -> LinearizedPass:
         return LinearizedPass(*self.linearize(x, raw), [], [])
 
+    def respond_with_statistics(self, x: Tensor, raw: Tensor) -> Tensor:
+        """There are none."""
+        return self.respond(x, raw)
+
     def respond(self, x: Tensor, raw: Tensor) -> Tensor:
         self.calls.append(("respond", self.training))
         return self.model(x) + torch.einsum("boi,bi->bo", self._change(raw), x)

@@ -162,7 +162,7 @@ def measure_hypergradients(algorithm: Algorithm, content: Any, step: int) -> Mea
     generator = torch.Generator(stn.hparams.raw.device).manual_seed(_seed(algorithm, step))
     raw_BH = _sampled(algorithm, batch, generator).detach().requires_grad_()
     with algorithm.precision():
-        output = batch.feed(stn.respond, raw=raw_BH)
+        output = batch.feed(stn.respond_with_statistics, raw=raw_BH)
         loss = algorithm.objective.validation_loss(output, batch, named_values(stn, raw_BH.detach()))
     (gradient_BH,) = torch.autograd.grad(loss, raw_BH, allow_unused=True, materialize_grads=True)
     result = {}

@@ -169,7 +169,7 @@ def hyper_update(
         entropy_weight: tau, the reward for wide perturbations (nats); without it the scales would collapse.
     """
     with precision:
-        output = batch.feed(stn.respond, raw=raw_BH)
+        output = batch.feed(stn.respond_with_statistics, raw=raw_BH)
         # Detached: a validation objective that looks at the hyperparameters must not be improved through them directly.
         valid_loss = objective.validation_loss(output, batch, named_values(stn, raw_BH.detach()))
     reward = entropy_weight * stn.hparams.entropy()

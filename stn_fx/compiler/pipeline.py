@@ -22,7 +22,7 @@ from stn_fx.compiler.layouts import analyse_layouts, symbolic_axes
 from stn_fx.compiler.plan import Plan
 from stn_fx.compiler.planner import AnalysedGraph, plan_parameters, plan_sites, require_weights
 from stn_fx.compiler.preconditions import require_batch, require_trainable
-from stn_fx.compiler.rewrite import rewrite
+from stn_fx.compiler.rewrite import rewrite, trained_statistics
 from stn_fx.compiler.sites import choose_insertions, find_sites
 from stn_fx.compiler.uses import ParameterFlow, find_uses
 from stn_fx.errors import BatchLayoutError, CaptureError, InputError, StnError
@@ -81,6 +81,12 @@ class CompiledModel:
     def response_training(self) -> GraphModule:
         """The response pass on the training graph, with dropout and augmentation; only some variants need it."""
         return rewrite(self.analysed["training"], self.plan, self.registry, "response", updates_buffers=True)
+
+    @cached_property
+    def response_with_statistics(self) -> GraphModule:
+        """The response pass with derivatives that go through the running statistics that training updates."""
+        following = trained_statistics(self.captured.training)
+        return rewrite(self.analysed["evaluation"], self.plan, self.registry, "response", following=following)
 
 
 def compile_model(

@@ -10,7 +10,7 @@ import inspect
 import math
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import FunctionType
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from stn_fx.compiler.capture import CapturedGraph
 from stn_fx.compiler.compose import compose, linear_operand, map_row_axis
 from stn_fx.compiler.forward_mode import lacks_forward_mode
 from stn_fx.compiler.functionalize import module_path
@@ -48,13 +49,24 @@ SIGNATURE = ("state", "response", "values", "delta", "draws")
 
 
 def rewrite(
-    analysed: AnalysedGraph, plan: Plan, registry: Registry, kind: str, updates_buffers: bool = False
+    analysed: AnalysedGraph,
+    plan: Plan,
+    registry: Registry,
+    kind: str,
+    updates_buffers: bool = False,
+    following: Collection[str] = (),
 ) -> GraphModule:
     """Graph of the "base", "linearized" or "response" pass, linted and recompiled.
 
-    The base pass updates the buffers that it is given; another one does with ``updates_buffers``.
+    Args:
+        analysed: the captured graph.
+        plan: of the model.
+        registry: of the rules.
+        kind: of the pass.
+        updates_buffers: whether it updates the buffers that it is given; the base pass always does.
+        following: names of running statistics that derivatives of the response pass go through.
     """
-    emitter = GraphEmitter(analysed, plan, registry, kind, updates_buffers or kind == "base")
+    emitter = GraphEmitter(analysed, plan, registry, kind, updates_buffers or kind == "base", following)
     graph = emitter.run()
     graph.eliminate_dead_code(is_impure_node=_is_impure)
     graph.lint()
@@ -71,10 +83,17 @@ class GraphEmitter:
     """Walks a captured graph once and emits the code of one pass; rules see it as their ``Emitter``."""
 
     def __init__(
-        self, analysed: AnalysedGraph, plan: Plan, registry: Registry, kind: str, updates_buffers: bool
+        self,
+        analysed: AnalysedGraph,
+        plan: Plan,
+        registry: Registry,
+        kind: str,
+        updates_buffers: bool,
+        following: Collection[str] = (),
     ) -> None:
         self.captured, self.layouts, self.flow = analysed.captured, analysed.layouts, analysed.flow
         self.plan, self.registry, self.kind, self.updates_buffers = plan, registry, kind, updates_buffers
+        self.following = following
         self.graph = Graph()
         self.holders = {name: self.graph.placeholder(name) for name in SIGNATURE}
         self.values: dict[Node, Any] = {}
@@ -343,10 +362,10 @@ class GraphEmitter:
         return self.call(operator.getitem, source, index)
 
     def copy(self, node: Node, /, **replaced: Any) -> Node:
-        if not self.updates_buffers and self._follows_statistics(node):
+        if not self.updates_buffers and _tracks(node):
             replaced = {"running_mean": None, "running_var": None} | replaced
         arguments, options = self._call_arguments(node)
-        names = self._argument_names(node)
+        names = _argument_names(node)
         for name, value in replaced.items():
             if name in names and names.index(name) < len(arguments):
                 arguments[names.index(name)] = value
@@ -354,9 +373,8 @@ class GraphEmitter:
                 options[name] = value
         return self.call(node.target, *arguments, **options)
 
-    def _follows_statistics(self, node: Node) -> bool:
-        """Whether the call writes running statistics, and needs none."""
-        return node.target in _TRACKING and bool(self.argument(node, _TRACKING[node.target]))
+    def follows_statistics(self, node: Node) -> bool:
+        return _name_of_statistics(self.captured, node) in self.following
 
     def copy_with(self, node: Node, position: int, operand: Any, /, **replaced: Any) -> Node:
         return self.copy(node, **{self.argument_name(node, position): operand, **replaced})
@@ -364,22 +382,11 @@ class GraphEmitter:
     def _call_arguments(self, node: Node) -> tuple[list[Any], dict[str, Any]]:
         return [self.value(a) for a in node.args], {name: self.value(a) for name, a in node.kwargs.items()}
 
-    def _argument_names(self, node: Node) -> list[str]:
-        schema = getattr(node.target, "_schema", None)
-        if schema is not None:
-            return [a.name for a in schema.arguments]
-        # Functions of stn_fx's own, such as sites; of the builtins only getitem, which is not asked for names.
-        return list(inspect.signature(node.target).parameters) if isinstance(node.target, FunctionType) else []
-
     def argument_name(self, node: Node, position: int) -> str:
-        return self._argument_names(node)[position]
+        return _argument_names(node)[position]
 
     def argument(self, node: Node, name: str, default: Any = None) -> Any:
-        if name in node.kwargs:
-            return node.kwargs[name]
-        names = self._argument_names(node)
-        position = names.index(name) if name in names else len(node.args)
-        return node.args[position] if position < len(node.args) else default
+        return _argument(node, name, default)
 
     def rate(self, node: Node, part: str = "") -> Node | None:
         site = self.sites.get(node.name)
@@ -435,6 +442,38 @@ class GraphEmitter:
         """What terms of the loss look at; it follows behind the outputs."""
         nodes = self.captured.graph.nodes if self.captured.training else ()
         return [node for node in nodes if node.target is activation_tap]
+
+
+def trained_statistics(captured: CapturedGraph) -> set[str]:
+    """Qualified names of the buffers that a training graph updates; of norms' statistics the mean stands for both."""
+    tracked = {_name_of_statistics(captured, node) for node in captured.graph.nodes if _tracks(node)}
+    return {*captured.buffer_updates, *(name for name in tracked if name)}
+
+
+def _tracks(node: Node) -> bool:
+    """Whether the call writes running statistics, and needs none."""
+    return node.target in _TRACKING and bool(_argument(node, _TRACKING[node.target]))
+
+
+def _name_of_statistics(captured: CapturedGraph, node: Node) -> str | None:
+    mean = _argument(node, "running_mean")
+    return captured.state.get(mean.name) if isinstance(mean, Node) else None
+
+
+def _argument_names(node: Node) -> list[str]:
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None:
+        return [a.name for a in schema.arguments]
+    # Functions of stn_fx's own, such as sites; of the builtins only getitem, which is not asked for names.
+    return list(inspect.signature(node.target).parameters) if isinstance(node.target, FunctionType) else []
+
+
+def _argument(node: Node, name: str, default: Any = None) -> Any:
+    if name in node.kwargs:
+        return node.kwargs[name]
+    names = _argument_names(node)
+    position = names.index(name) if name in names else len(node.args)
+    return node.args[position] if position < len(node.args) else default
 
 
 def _is_site(node: Node, rule: Rule) -> bool:

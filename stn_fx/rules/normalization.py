@@ -3,6 +3,9 @@
 Without its affine part the Jacobian of each of these norms is symmetric, so the fused *backward* kernel of the norm
 also computes its tangent, and serves again as the tangent's backward.  The affine part is a scale and a shift, which
 differ per example.  The linearized pass uses batch statistics without touching the running ones.
+
+In evaluation the running statistics are constants to autograd, though weights changed by a best response would have
+been trained with other statistics.  For the hypergradient they follow: see :func:`following`.
 """
 
 from typing import Any
@@ -119,12 +122,20 @@ class _Norm(Rule):
 
     def respond(self, emit: Emitter, node: Node) -> Node:
         weight, bias = self.changes(emit, node)
-        if weight is None and bias is None:
+        if weight is None and bias is None and not emit.follows_statistics(node):
             return emit.copy(node)
-        plain = emit.copy(node, weight=None, bias=None)
+        plain = self._without_affine(emit, node)
         scale = weight if weight is not None else self._vector(emit, node, emit.argument(node, "weight"))
         shift = bias if bias is not None else self._vector(emit, node, emit.argument(node, "bias"))
         return emit.call(affine, plain, scale, shift)
+
+    def _without_affine(self, emit: Emitter, node: Node) -> Node:
+        if not emit.follows_statistics(node):
+            return emit.copy(node, weight=None, bias=None)
+        statistics = [emit.value(emit.argument(node, n)) for n in ("running_mean", "running_var")]
+        axes = [0] if self.kind == "batch" else []
+        axes += range(2, emit.rank(node))
+        return emit.call(following, emit.value(node.args[0]), *statistics, emit.argument(node, "eps", 1e-5), axes)
 
     def linearize(self, emit: Emitter, node: Node) -> tuple[Any, Any]:
         x = node.args[0]
@@ -189,6 +200,23 @@ def fixed_statistics_tangent(rule: _Norm, emit: Emitter, node: Node) -> tuple[An
         return primal, tangent
     values = emit.call(torch.nn.functional.batch_norm, emit.value(x), mean, variance, None, None, False, 0.0, eps)
     return primal, rule.affine_tangent(emit, node, values, tangent)
+
+
+def following(x: Tensor, running_mean: Tensor, running_var: Tensor, eps: float, axes: list[int]) -> Tensor:
+    """``x`` standardized by running statistics, whose derivatives are those of the statistics over ``axes`` of ``x``.
+
+    The mean changes by as much as that of ``x`` does, the variance by the same share as that of ``x``: so what scales
+    ``x`` does not move the result, whether or not both statistics agree.  A variance far below ``eps`` has no say.
+    """
+    dtype = torch.promote_types(x.dtype, running_mean.dtype)
+    values = x.to(dtype)
+    variance, mean = torch.var_mean(values, axes, correction=0)
+    if 0 not in axes:  # of every instance; running statistics are means over them
+        variance, mean = variance.mean(0), mean.mean(0)
+    mean = running_mean + (mean - mean.detach())
+    share = 1 + (variance - variance.detach()) / (variance.detach() + eps)
+    scale = torch.rsqrt(running_var * share + eps)
+    return ((values - per_channel(mean, x.ndim)) * per_channel(scale, x.ndim)).to(x.dtype)
 
 
 def inference_scale(variance: Tensor, weight: Tensor | None, eps: float, ndim: int) -> Tensor:

@@ -89,6 +89,9 @@ class Emitter(Protocol):
     def updates_buffers(self) -> bool:
         """Whether the pass trains the model, so that running statistics follow it."""
 
+    def follows_statistics(self, node: Node) -> bool:
+        """Whether derivatives of this norm, which reads running statistics, go through the statistics as well."""
+
     @property
     def draws(self) -> Node:
         """The source of random numbers."""
