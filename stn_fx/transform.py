@@ -25,6 +25,7 @@ from stn_fx.hparams import HyperparameterSpace, Selection, parse_hparams
 from stn_fx.hparams.selection import Chosen
 from stn_fx.rules import Registry, load_builtin_rules
 from stn_fx.rules.as_found import left_as_found
+from stn_fx.rules.rule import Groups
 from stn_fx.rules.structure import LowRank, Response, RowWise, square_norm
 from stn_fx.rules.tangent import differentiable
 
@@ -117,6 +118,7 @@ class SelfTuningModule(nn.Module):
         self._captures: list[_Capture] = []
         self._live: set[int] = set()
         self._watched: list[Tensor] | None = None
+        self._groups: Groups | None = None
         self._example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.response = nn.Module()
         self.finalized: Finalized | None = None
@@ -246,7 +248,7 @@ class SelfTuningModule(nn.Module):
         """The same with the activations that terms of the loss look at; `watching` does not see these."""
         compiled, inputs = self._prepare(args, kwargs)
         raw_BH, delta_BH = self._displacement(raw, compiled.captured.batch_size(inputs))
-        graph = compiled.linearized_training if self.training else compiled.linearized_evaluation
+        graph = compiled.linearized_in_groups(self._groups) if self.training else compiled.linearized_evaluation
         captured = compiled.captured.training if self.training else compiled.captured.evaluation
         state = {name: tensor.detach() for name, tensor in self._state(compiled).items()}
         if self.training:
@@ -275,7 +277,8 @@ class SelfTuningModule(nn.Module):
         captured, values = compiled.captured.training, self.hparams.constrain(raw_BH.detach())
         with without_autocast(self.model):
             state, response = self._state(compiled), self._response()
-            primals, tangents = compiled.joint(state, response, values, delta_BH, self._draws(), *inputs)
+            graph = compiled.linearized_in_groups(self._groups, updates_buffers=True)
+            primals, tangents = graph(state, response, values, delta_BH, self._draws(), *inputs)
         return _linearized(captured, primals, tangents)
 
     def respond(self, *args: Any, raw: Tensor | None = None, **kwargs: Any) -> Any:
@@ -473,6 +476,24 @@ class SelfTuningModule(nn.Module):
         if str(where) not in self._generators:
             self._generators[str(where)] = torch.Generator(where).manual_seed(self._seed)
         return self._generators[str(where)]
+
+    @contextmanager
+    def in_groups(self, size: int | None, before: int = 0) -> Iterator[None]:
+        """Inside, ``size`` consecutive examples share their ``raw``, and linearized passes in training know it.
+
+        A batch norm then changes its statistics for a group as if the whole batch were perturbed like it. Without
+        this, perturbations that differ cancel in the statistics, and an example seems free to scale weight rows before
+        a batch norm, which training is indifferent to.
+
+        Args:
+            size: of a group; None = nothing is told.
+            before: examples of the first group that another process has.
+        """
+        outer, self._groups = self._groups, None if size is None else Groups(size, before % size)
+        try:
+            yield
+        finally:
+            self._groups = outer
 
     @contextmanager
     def drawing_from(self, generators: dict[str, torch.Generator]) -> Iterator[None]:

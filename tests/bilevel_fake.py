@@ -41,7 +41,7 @@ class FakeSelfTuningModule(nn.Module):
         self.hparams = HyperparameterSpace(resolved, dtype=weight.dtype)
         self.exact = Exact(weight.shape, len(resolved)).to(weight.dtype)
         captured, plan = SimpleNamespace(batch_axes=(0,)), SimpleNamespace(sites=())
-        self._compiled = SimpleNamespace(captured=captured, plan=plan, examples_lead=True)
+        self._compiled = SimpleNamespace(captured=captured, plan=plan, examples_lead=True, takes_batch_statistics=False)
 
     @property
     def G(self) -> nn.Parameter:
@@ -55,6 +55,10 @@ class FakeSelfTuningModule(nn.Module):
         own, self._generator = self._generator, generators["cpu"]
         yield
         self._generator = own
+
+    @contextmanager
+    def in_groups(self, size: int | None, before: int = 0) -> Iterator[None]:
+        yield  # there are no batch norms
 
     @contextmanager
     def watching(self) -> Iterator[list[Tensor]]:

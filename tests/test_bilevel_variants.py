@@ -1,7 +1,6 @@
 """The variants of the papers, each against its definition."""
 
 import copy
-from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -23,6 +22,7 @@ from stn_fx.bilevel import (
     OnFraction,
     PerBatch,
     PerExample,
+    PerGroup,
     WithoutLinearization,
 )
 from stn_fx.bilevel.replicas import Rows
@@ -57,14 +57,15 @@ def test_per_batch_perturbations_are_common_to_all_examples():
     assert (raw_BH[0] != make_space().raw).all()
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_per_batch_perturbations_warn_of_batch_norms(frozen):
-    model = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
-    model[1].training = not frozen
-    stn = stn_fx.transform(model, "weight_decay", (torch.randn(4, 8),))
-    context = nullcontext() if frozen else pytest.warns(UserWarning, match="PerBatch beside batch norms")
-    with context:
-        DeltaSTN(stn, sampling=PerBatch())
+def test_the_examples_of_a_group_are_perturbed_alike():
+    sampling = PerGroup(size=4)
+    raw_BH = draw(sampling)
+    groups = raw_BH.unflatten(0, (-1, 4))
+    assert (groups == groups[:, :1]).all()
+    assert len(raw_BH[:, 0].unique()) == len(groups)
+    outer = draw(sampling, "outer")
+    assert len(outer[:, 0].unique()) == len(outer)
+    assert outer.requires_grad
 
 
 def test_global_sampling_does_not_follow_the_current_value_but_tunes_there():
@@ -76,7 +77,7 @@ def test_global_sampling_does_not_follow_the_current_value_but_tunes_there():
     assert outer.requires_grad
 
 
-@pytest.mark.parametrize("sampling", [PerExample(), PerBatch(), GlobalSampling()])
+@pytest.mark.parametrize("sampling", [PerExample(), PerGroup(3), PerBatch(), GlobalSampling()])
 def test_perturbations_do_not_depend_on_who_has_the_rows(sampling):
     parts = [draw(sampling, rows=Rows(*ends, 10, 2)) for ends in ((0, 6), (6, 10))]
     assert torch.equal(torch.cat(parts), draw(sampling, rows=Rows(0, 10, 10)))

@@ -8,7 +8,7 @@ from torch import nn
 
 import stn_fx
 from stn_fx.augment import Draws
-from stn_fx.bilevel import STN, BilevelTrainer, GlobalSampling, PerBatch, PerExample, WithoutLinearization
+from stn_fx.bilevel import STN, BilevelTrainer, GlobalSampling, PerBatch, PerExample, PerGroup, WithoutLinearization
 from stn_fx.bilevel.replicas import Rows
 from stn_fx.compiler.emit import source
 from stn_fx.errors import InputError
@@ -49,7 +49,7 @@ def wrapped(hparams=HPARAMS):
     return stn
 
 
-@pytest.mark.parametrize("sampling", [PerExample(), GlobalSampling(0.7), PerBatch()])
+@pytest.mark.parametrize("sampling", [PerExample(), PerGroup(1), GlobalSampling(0.7), PerBatch()])
 def test_inner_steps_draw_once_for_all_processes_and_outer_steps_for_each_example(sampling):
     space = wrapped().hparams
     own = [name in ("noisy", "scaled.0", "squares") for name in space.names]

@@ -17,7 +17,7 @@ from stn_fx.bilevel.recorded_run import RecordedRun, read_run
 from stn_fx.bilevel.records import EpochRecord, FitResult, SchedulePoint
 from stn_fx.bilevel.response_step import EveryKth, Linearized, OnFraction, WithoutLinearization
 from stn_fx.bilevel.run_folder import RunFolder
-from stn_fx.bilevel.sampling import GlobalSampling, PerBatch, PerExample
+from stn_fx.bilevel.sampling import GlobalSampling, PerBatch, PerExample, PerGroup
 from stn_fx.bilevel.schedules import LearningRateSchedule, cosine
 from stn_fx.bilevel.shared_forward import SharedForward
 from stn_fx.bilevel.steps import DeltaSTN, FixedHyperparameters
@@ -52,6 +52,7 @@ __all__ = [
     "OuterRecord",
     "PerBatch",
     "PerExample",
+    "PerGroup",
     "RecordedRun",
     "RunFolder",
     "SafePoint",

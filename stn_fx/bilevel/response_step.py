@@ -87,7 +87,7 @@ class _Perturbed(ResponseStep):
             return self.loss(*arguments)
 
         passes = (stn, algorithm.objective, algorithm.updaters["response"], batch, raws, algorithm.precision())
-        with stn.drawing_from(algorithm.response_masks):
+        with stn.drawing_from(algorithm.response_masks), stn.in_groups(sampling.group, batch.rows.start):
             outcome = response_update(*passes, same_draws)
         for generator, state in list(zip(generators, states, strict=True))[len(algorithm.response_masks) :]:
             generator.set_state(state)  # learning the response leaves no trace in the training of the model

@@ -3,6 +3,7 @@
 | class | inner step | outer step | source |
 |---|---|---|---|
 | `PerExample` | around the current value, each example on its own | the same | Delta-STN (Bae & Grosse 2020) |
+| `PerGroup` | around the current value, each group of examples on its own | as `PerExample` | for batch norms |
 | `PerBatch` | around the current value, one draw for the whole batch | the same | STN (MacKay et al. 2019) |
 | `GlobalSampling` | from one wide distribution for the whole run | at the current value | Lorraine & Duvenaud 2018 |
 
@@ -13,16 +14,17 @@ Everything is drawn for the whole batch, also where several processes share it, 
 Shape suffixes: B examples, H hyperparameters.
 """
 
-import warnings
 from abc import ABC, abstractmethod
 
 import torch
-from torch import Generator, Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Generator, Tensor
 
+from stn_fx.arguments import require_count
 from stn_fx.bilevel.replicas import Rows
 from stn_fx.errors import InputError
 from stn_fx.hparams import HyperparameterSpace
+
+GROUP = 16
 
 
 class Sampling(ABC):
@@ -30,15 +32,14 @@ class Sampling(ABC):
 
     Attributes:
         uses_scales: whether the perturbations have the scales, so that these can be tuned.
+        group: how many consecutive examples share a perturbation in inner steps; None where batch norms need not know.
     """
 
     uses_scales = True
+    group: int | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__qualname__}()"
-
-    def check(self, model: nn.Module) -> None:  # noqa: B027  (most have nothing to say)
-        """Warn of models that these perturbations teach little."""
 
     @abstractmethod
     def inner(self, space: HyperparameterSpace, rows: Rows, generator: Generator) -> Tensor:
@@ -63,20 +64,35 @@ class PerExample(Sampling):
         return space.perturb(_noise(rows.total, space, generator)[rows.start : rows.stop])
 
 
-class PerBatch(Sampling):
-    """One Gaussian draw for all examples of a batch.
+class PerGroup(PerExample):
+    """Gaussian around the current value with the tuned scale, one draw for every so many examples of a batch.
 
-    With a batch norm in training mode a response common to all examples cancels: freeze its statistics, or use
-    `PerExample`.
+    For models whose batch norms take statistics of the batch in training. Such a norm undoes what is done to all
+    examples alike, so that scaling the weights before it changes nothing; but among perturbations that differ from
+    example to example every single one seems to be free to do so, and a response learned from them does. The examples
+    of a group are perturbed alike, and the norms' statistics change for them as if the whole batch were. Outer steps
+    draw for every example: there, statistics follow the weights.
+
+    Args:
+        size: of a group. Fewer examples tell less of the statistics, more of them have fewer draws in a batch.
     """
 
-    def check(self, model: nn.Module) -> None:
-        if any(isinstance(each, _BatchNorm) and (each.training or not model.training) for each in model.modules()):
-            warnings.warn(
-                "PerBatch beside batch norms: what the response changes in all examples of a batch alike, they take "
-                "out again. Use PerExample, or put the batch norms in evaluation mode.",
-                stacklevel=2,
-            )
+    def __init__(self, size: int = GROUP) -> None:
+        require_count("size", size)
+        self.group = size
+
+    def __repr__(self) -> str:
+        return f"PerGroup(size={self.group})"
+
+    def inner(self, space: HyperparameterSpace, rows: Rows, generator: Generator) -> Tensor:
+        assert self.group is not None
+        noise_GH = _noise(-(-rows.total // self.group), space, generator)
+        noise_BH = _shared_per_batch(noise_GH.repeat_interleave(self.group, 0), space)
+        return space.perturb(noise_BH[rows.start : rows.stop])
+
+
+class PerBatch(Sampling):
+    """One Gaussian draw for all examples of a batch."""
 
     def inner(self, space: HyperparameterSpace, rows: Rows, generator: Generator) -> Tensor:
         return space.perturb(_noise(1, space, generator)).expand(rows.stop - rows.start, -1)
@@ -119,7 +135,10 @@ def _noise(rows: int, space: HyperparameterSpace, generator: Generator) -> Tenso
 
 def _inner_noise(rows: Rows, space: HyperparameterSpace, generator: Generator) -> Tensor:
     """Noise (B, H) of each example; the first row of the whole batch for hyperparameters with one value per batch."""
-    noise_BH = _noise(rows.total, space, generator)
+    return _shared_per_batch(_noise(rows.total, space, generator), space)[rows.start : rows.stop]
+
+
+def _shared_per_batch(noise_BH: Tensor, space: HyperparameterSpace) -> Tensor:
     if space.per_batch:
         noise_BH[:, space.per_batch] = noise_BH[:1, space.per_batch]
-    return noise_BH[rows.start : rows.stop]
+    return noise_BH

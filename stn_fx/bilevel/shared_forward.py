@@ -79,7 +79,8 @@ class SharedForward(DeltaSTN):
         due = self._passed // self.updates.accumulate % self.every == 0
         with training_mode(self.stn):
             if due:
-                outcomes = self._joint_update(batch)
+                with self.stn.in_groups(self.sampling.group, batch.rows.start):
+                    outcomes = self._joint_update(batch)
             else:
                 updater = self.updaters["base"]
                 outcomes = (base_update(self.stn, self.objective, updater, batch, self.precision()),)
@@ -98,7 +99,7 @@ class SharedForward(DeltaSTN):
         self._passed = state["passed"]
 
     def _build_optimizers(self) -> None:
-        _ = self.stn.compiled.joint  # refused before anything is trained, where the model has none
+        self.stn.compiled.require_trainable_primal()
         super()._build_optimizers()
 
     def _joint_update(self, batch: Batch) -> tuple[Outcome, ...]:

@@ -9,7 +9,7 @@ from stn_fx.bilevel.apply import UpdateOptions
 from stn_fx.bilevel.objective import Loss, Objective
 from stn_fx.bilevel.optimizers import OptimizerChoice, Role
 from stn_fx.bilevel.response_step import EveryKth, Linearized, ResponseStep
-from stn_fx.bilevel.sampling import PerExample, Sampling
+from stn_fx.bilevel.sampling import PerExample, PerGroup, Sampling
 from stn_fx.bilevel.updates import base_update, hyper_update
 from stn_fx.errors import InputError
 
@@ -60,7 +60,8 @@ class DeltaSTN(Algorithm):
         entropy_weight: tau in `L_valid - tau * entropy(scale)`, per nat.
         updates: gradient accumulation and clipping, autocast, and how many updates in a row may be skipped because they
             are not finite.
-        sampling: where perturbed hyperparameters come from; `PerExample()` where None.
+        sampling: where perturbed hyperparameters come from; where None, `PerGroup()` for a model whose batch norms take
+            statistics of the batch, else `PerExample()`.
         response_step: how the response is learned; `EveryKth(Linearized(), 2)` where None.
         tune_scales: whether outer steps move the scales (of a sampling that has them); else they stay as they began.
 
@@ -69,6 +70,8 @@ class DeltaSTN(Algorithm):
     """
 
     tunes = True
+    linearizes = True
+    """Whether the response is learned in linearized passes."""
 
     def __init__(
         self,
@@ -91,6 +94,7 @@ class DeltaSTN(Algorithm):
             "hyper": hyper_optimizer,
         }
         self.sampling = sampling or PerExample()
+        self._chosen_by_model = sampling is None
         if tune_scales and self.sampling.uses_scales:
             choices["scale"] = scale_optimizer
         elif scale_optimizer is not None:
@@ -103,7 +107,8 @@ class DeltaSTN(Algorithm):
 
     def _build_optimizers(self) -> None:
         super()._build_optimizers()
-        self.sampling.check(self.stn.model)
+        if self._chosen_by_model and self.linearizes and self.stn.compiled.takes_batch_statistics:
+            self.sampling = PerGroup()
 
     def inner_step(self, content: Any) -> InnerRecord:
         """One update of the base parameters, then one of the response parameters with fresh perturbations."""

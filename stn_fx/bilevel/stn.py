@@ -36,6 +36,8 @@ class STN(DeltaSTN):
             or a `response_step` is given.
     """
 
+    linearizes = False
+
     def __init__(self, stn: "SelfTuningModule", *arguments: Any, **options: Any) -> None:
         if options.get("response_step") is not None:
             raise InputError("STN learns base and response in one step, so it has no response_step. Leave it out.")

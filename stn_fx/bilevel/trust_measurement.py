@@ -3,7 +3,8 @@
 The run itself does not notice: perturbations and masks come from generators that are made here from the seed and the
 number of steps, nothing is written to any `.grad`, and the caller puts the global generators back.
 
-Every example perturbs one hyperparameter only, so that one pass tells them apart; each is measured at a perturbation
+Every example (with batch norms: every group of examples, as the response learns) perturbs one hyperparameter only, so
+that one pass tells them apart; each is measured at a perturbation
 and at its opposite with the same masks, which cancels the part of the loss's change that is odd in the perturbation
 (the change of an example's loss by the response, whatever the hyperparameters): it is no part of the expectation, and
 by far the most of the noise. Shape suffixes: B examples, H hyperparameters.
@@ -69,15 +70,19 @@ def measure_response(algorithm: Algorithm, content: Any, step: int) -> Measured:
     rows, space = batch.rows, stn.hparams
     device = space.raw.device
     generator = torch.Generator(device).manual_seed(seed)
-    noise_B = torch.randn(rows.total, generator=generator, dtype=space.raw.dtype, device=device)
+    size = group if stn.compiled.takes_batch_statistics and (group := _group(algorithm)) else 1
+    groups = -(-rows.total // size)
+    noise_G = torch.randn(groups, generator=generator, dtype=space.raw.dtype, device=device)
+    if size > 1:
+        noise_G = noise_G.sign()  # few draws: all of the size that is typical
     # What has one value for a whole batch cannot be perturbed in some of its examples.
     own = torch.tensor([h for h in range(len(space)) if h not in space.per_batch], device=device)
     if not len(own) or not stn.compiled.examples_lead:
         return {}
-    # Where there are more hyperparameters than examples for them, others have their turn in another epoch.
+    # Where there are more hyperparameters than groups for them, others have their turn in another epoch.
     first = torch.randint(len(own), (1,), generator=generator, device=device)
-    which_B = own[(torch.randperm(rows.total, generator=generator, device=device) + first) % len(own)]
-    noise_B, which_B = noise_B[rows.start : rows.stop], which_B[rows.start : rows.stop]
+    which_G = own[(torch.randperm(groups, generator=generator, device=device) + first) % len(own)]
+    noise_B, which_B = (each.repeat_interleave(size)[rows.start : rows.stop] for each in (noise_G, which_G))
     delta_BH = torch.nn.functional.one_hot(which_B, len(space)) * (space.scales().detach() * noise_B[:, None])
     pair = []
     with training_mode(stn):
@@ -85,7 +90,7 @@ def measure_response(algorithm: Algorithm, content: Any, step: int) -> Measured:
             places = {str(each): torch.Generator(each) for each in (device, torch.device("cpu"))}
             for each in places.values():  # the same masks for both; other ones in every process
                 each.manual_seed((seed + rows.start + 1) % 2**63)
-            with stn.drawing_from(places):
+            with stn.drawing_from(places), stn.in_groups(size if size > 1 else None, rows.start):
                 slopes = _slopes(algorithm, batch, (sign * delta_BH).to(space.raw.dtype))
             pair.append(slopes)
     slopes_3B = (torch.stack(pair[0]) + torch.stack(pair[1])) / 2
@@ -170,6 +175,11 @@ def measure_hypergradients(algorithm: Algorithm, content: Any, step: int) -> Mea
         mean, error = _statistics(algorithm, each_B)
         result[name] = {"hypergradient": mean, "hypergradient_error": error}
     return result
+
+
+def _group(algorithm: Algorithm) -> int | None:
+    sampling = getattr(algorithm, "sampling", None)
+    return None if sampling is None else sampling.group
 
 
 def _seed(algorithm: Algorithm, step: int) -> int:

@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -22,12 +22,13 @@ from stn_fx.compiler.layouts import analyse_layouts, symbolic_axes
 from stn_fx.compiler.plan import Plan
 from stn_fx.compiler.planner import AnalysedGraph, plan_parameters, plan_sites, require_weights
 from stn_fx.compiler.preconditions import require_batch, require_trainable
-from stn_fx.compiler.rewrite import rewrite, trained_statistics
+from stn_fx.compiler.rewrite import rewrite, takes_batch_statistics, trained_statistics
 from stn_fx.compiler.sites import choose_insertions, find_sites
 from stn_fx.compiler.uses import ParameterFlow, find_uses
 from stn_fx.errors import BatchLayoutError, CaptureError, InputError, StnError
 from stn_fx.hparams import Selection
 from stn_fx.rules import Registry, load_builtin_rules
+from stn_fx.rules.rule import Groups
 from stn_fx.rules.structure import LowRank, RowWise
 from stn_fx.rules.tangent import differentiable
 
@@ -46,6 +47,8 @@ class CompiledModel:
     linearized_evaluation: GraphModule
     response: GraphModule
     registry: Registry
+    further: dict[tuple[Groups | None, bool], GraphModule] = field(default_factory=dict)
+    """More variants of the linearized pass, made when first needed."""
     predicted_cost: Any = None
     """Filled in by the report, which is the one to ask for it."""
 
@@ -57,8 +60,29 @@ class CompiledModel:
         return all(tuple(analysed.layouts.get(node, ())) == (0, 1, 1) for node in nodes)
 
     @cached_property
-    def joint(self) -> GraphModule:
-        """The linearized pass on the training graph as the pass that trains the model; only one variant needs it.
+    def takes_batch_statistics(self) -> bool:
+        """Whether a batch norm takes the statistics of the batch in training."""
+        return takes_batch_statistics(self.captured.training)
+
+    def linearized_in_groups(self, groups: Groups | None, updates_buffers: bool = False) -> GraphModule:
+        """The linearized pass on the training graph, with tangents of batch statistics for each group of examples.
+
+        Args:
+            groups: which examples share a perturbation; None = tangents are means over the batch.
+            updates_buffers: for the pass that trains the model; see `require_trainable_primal`.
+        """
+        groups = groups if self.takes_batch_statistics else None
+        if groups is None and not updates_buffers:
+            return self.linearized_training
+        if (groups, updates_buffers) not in self.further:
+            graph = rewrite(
+                self.analysed["training"], self.plan, self.registry, "linearized", updates_buffers, groups=groups
+            )
+            self.further[groups, updates_buffers] = graph
+        return self.further[groups, updates_buffers]
+
+    def require_trainable_primal(self) -> None:
+        """The primal of the linearized pass can be what trains the model; only one variant needs that.
 
         Raises:
             StnError: a rule computes its primal in a way that nothing can be trained by.
@@ -75,7 +99,6 @@ class CompiledModel:
                 f"on, or is not known to (a rule of your own says so by differentiable_primal = True). Use DeltaSTN "
                 f"instead of SharedForward."
             )
-        return rewrite(self.analysed["training"], self.plan, self.registry, "linearized", updates_buffers=True)
 
     @cached_property
     def response_training(self) -> GraphModule:

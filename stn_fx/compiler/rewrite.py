@@ -31,7 +31,7 @@ from stn_fx.errors import InputError
 from stn_fx.rules import Registry, Rule
 from stn_fx.rules.activation_terms import activation_tap
 from stn_fx.rules.per_example import per_example, per_example_tangent
-from stn_fx.rules.rule import Layout, StructuredChange
+from stn_fx.rules.rule import Groups, Layout, StructuredChange
 from stn_fx.rules.structure import exact_change, row_scales
 from stn_fx.rules.tangent import differentiable, linearize
 
@@ -55,6 +55,7 @@ def rewrite(
     kind: str,
     updates_buffers: bool = False,
     following: Collection[str] = (),
+    groups: Groups | None = None,
 ) -> GraphModule:
     """Graph of the "base", "linearized" or "response" pass, linted and recompiled.
 
@@ -65,8 +66,9 @@ def rewrite(
         kind: of the pass.
         updates_buffers: whether it updates the buffers that it is given; the base pass always does.
         following: names of running statistics that derivatives of the response pass go through.
+        groups: which examples share a perturbation in the linearized pass, where norms are to be told.
     """
-    emitter = GraphEmitter(analysed, plan, registry, kind, updates_buffers or kind == "base", following)
+    emitter = GraphEmitter(analysed, plan, registry, kind, updates_buffers or kind == "base", following, groups)
     graph = emitter.run()
     graph.eliminate_dead_code(is_impure_node=_is_impure)
     graph.lint()
@@ -90,10 +92,11 @@ class GraphEmitter:
         kind: str,
         updates_buffers: bool,
         following: Collection[str] = (),
+        groups: Groups | None = None,
     ) -> None:
         self.captured, self.layouts, self.flow = analysed.captured, analysed.layouts, analysed.flow
         self.plan, self.registry, self.kind, self.updates_buffers = plan, registry, kind, updates_buffers
-        self.following = following
+        self.following, self.groups = following, groups
         self.graph = Graph()
         self.holders = {name: self.graph.placeholder(name) for name in SIGNATURE}
         self.values: dict[Node, Any] = {}
@@ -448,6 +451,12 @@ def trained_statistics(captured: CapturedGraph) -> set[str]:
     """Qualified names of the buffers that a training graph updates; of norms' statistics the mean stands for both."""
     tracked = {_name_of_statistics(captured, node) for node in captured.graph.nodes if _tracks(node)}
     return {*captured.buffer_updates, *(name for name in tracked if name)}
+
+
+def takes_batch_statistics(captured: CapturedGraph) -> bool:
+    """Whether a norm standardizes by the statistics of the batch."""
+    nodes = (node for node in captured.graph.nodes if node.target is aten.batch_norm.default)
+    return any(_argument(node, _TRACKING[node.target]) for node in nodes)
 
 
 def _tracks(node: Node) -> bool:

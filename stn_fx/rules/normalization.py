@@ -4,13 +4,21 @@ Without its affine part the Jacobian of each of these norms is symmetric, so the
 also computes its tangent, and serves again as the tangent's backward.  The affine part is a scale and a shift, which
 differ per example.  The linearized pass uses batch statistics without touching the running ones.
 
-In evaluation the running statistics are constants to autograd, though weights changed by a best response would have
-been trained with other statistics.  For the hypergradient they follow: see :func:`following`.
+Statistics of a batch norm belong to all examples, perturbations to one each.  What a change of weights does to a model
+with batch norms it does with other statistics as well, so neither pass may take them for constants:
+
+- In the linearized pass the tangents of the statistics are means over the batch, in which perturbations of its examples
+  cancel.  An example would seem free to scale a row of weights that the norm scales back for all; the response would
+  answer with that first.  Where examples share perturbations in groups, each group has its own tangents of the
+  statistics, as if the whole batch had been perturbed like it.
+- In evaluation running statistics are constants to autograd, though other weights would have been trained with others.
+  For the hypergradient they follow: see :func:`following`.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
@@ -53,7 +61,9 @@ class _Kernel:
 
     def __call__(self, cotangent: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
         if self.kind == "batch":
-            (eps,) = self.options
+            eps, *groups = self.options
+            if groups:
+                return _in_groups(cotangent, x, mean, rstd, *groups)
             return aten.native_batch_norm_backward(
                 cotangent, x, None, None, None, mean, rstd, True, eps, [True, False, False]
             )[0]
@@ -67,6 +77,30 @@ class _Kernel:
         return aten.native_group_norm_backward(
             cotangent.contiguous(), x.contiguous(), mean, rstd, None, n, c, spatial, groups, [True, False, False]
         )[0]
+
+
+def _in_groups(tangent: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, size: int, before: int) -> Tensor:
+    """Tangent of a batch norm for groups of examples; within each it is symmetric, as that of the batch is.
+
+    The statistics are those of the batch, their tangents those of the group.
+    """
+    dtype = torch.promote_types(tangent.dtype, mean.dtype)
+    mean, rstd = per_channel(mean, x.ndim), per_channel(rstd, x.ndim)
+    values, tangents = (x.to(dtype) - mean) * rstd, tangent.to(dtype)
+    shift, scale = (_mean_of_group(each, size, before) for each in (tangents, values * tangents))
+    return ((tangents - shift - values * scale) * rstd).to(tangent.dtype)
+
+
+def _mean_of_group(values: Tensor, size: int, before: int) -> Tensor:
+    """Means (B, C, 1, ...) over the examples of each one's group, and over all positions."""
+    means_BC = values.flatten(2).mean(2) if values.ndim > 2 else values
+    batch, channels = means_BC.shape
+    behind = -(before + batch) % size
+    # Padded, not added by index: sums in one order on every device.
+    sums = F.pad(means_BC, (0, 0, before, behind)).reshape(-1, size, channels).sum(1)
+    counts = F.pad(means_BC.new_ones(batch), (before, behind)).reshape(-1, size).sum(1)
+    means_BC = (sums / counts[:, None]).repeat_interleave(size, 0)[before : before + batch]
+    return means_BC.reshape(batch, channels, *(1,) * (values.ndim - 2))
 
 
 def standardize(kind: str, x: Tensor, options: list[Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,7 +211,8 @@ class BatchNormRule(_Norm):
         running = ("running_mean", "running_var")
         followed = [emit.value(emit.argument(node, n)) if emit.updates_buffers else None for n in running]
         momentum = emit.argument(node, "momentum") if emit.updates_buffers else 0.0
-        return [eps, momentum, *followed], [eps]
+        groups = [emit.groups.size, emit.groups.before] if emit.groups is not None else []
+        return [eps, momentum, *followed], [eps, *groups]
 
     def linearize(self, emit: Emitter, node: Node) -> tuple[Any, Any]:
         if emit.argument(node, "training"):
@@ -205,8 +240,8 @@ def fixed_statistics_tangent(rule: _Norm, emit: Emitter, node: Node) -> tuple[An
 def following(x: Tensor, running_mean: Tensor, running_var: Tensor, eps: float, axes: list[int]) -> Tensor:
     """``x`` standardized by running statistics, whose derivatives are those of the statistics over ``axes`` of ``x``.
 
-    The mean changes by as much as that of ``x`` does, the variance by the same share as that of ``x``: so what scales
-    ``x`` does not move the result, whether or not both statistics agree.  A variance far below ``eps`` has no say.
+    The mean changes by as much as that of ``x`` does, the variance by the same share as that of ``x``, so that scaling
+    ``x`` moves the result by no more than both means differ.  A variance far below ``eps`` has no say.
     """
     dtype = torch.promote_types(x.dtype, running_mean.dtype)
     values = x.to(dtype)

@@ -15,6 +15,19 @@ Layout = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
+class Groups:
+    """Groups of consecutive examples that share a perturbation of the hyperparameters.
+
+    Attributes:
+        size: of each.
+        before: examples of the first group that are elsewhere (in another process).
+    """
+
+    size: int
+    before: int = 0
+
+
+@dataclass(frozen=True)
 class StructuredChange:
     """Change of a weight in emitted code: row-wise (``factor`` = U) or low-rank (``factor`` = B, ``left`` = A).
 
@@ -88,6 +101,10 @@ class Emitter(Protocol):
     @property
     def updates_buffers(self) -> bool:
         """Whether the pass trains the model, so that running statistics follow it."""
+
+    @property
+    def groups(self) -> "Groups | None":
+        """Which examples share a perturbation, for norms that take statistics of the batch; None = not told."""
 
     def follows_statistics(self, node: Node) -> bool:
         """Whether derivatives of this norm, which reads running statistics, go through the statistics as well."""
