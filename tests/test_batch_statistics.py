@@ -293,7 +293,7 @@ def test_one_group_is_the_batch() -> None:
         torch.testing.assert_close(stn.linearize(x, raw=raw_BH), whole)
 
 
-@pytest.mark.parametrize("groups", [(2, 0), (4, 3)])
+@pytest.mark.parametrize("groups", [(2, 0, 1, 1), (4, 3, 1, 1), (2, 1, 1, 2), (2, 0, 2, 1)])
 def test_its_gradient(groups: tuple[int, int]) -> None:
     torch.manual_seed(0)
     x, tangent = torch.randn(2, B, 3, 2, dtype=torch.float64)
@@ -302,6 +302,41 @@ def test_its_gradient(groups: tuple[int, int]) -> None:
     torch.autograd.gradcheck(
         lambda t: normalized_tangent("batch", t, x, mean, rstd, [1e-5, *groups]), [tangent], fast_mode=False
     )
+
+
+class Folded(nn.Module):
+    """Rows of a norm that are positions of examples, and examples of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.fc3 = nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(3, 2)
+        self.norm1, self.norm2 = nn.BatchNorm1d(5), nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.norm1(self.fc1(x).flatten(0, 1)))
+        x = x.reshape(-1, 3, 5).transpose(0, 1)
+        x = torch.tanh(self.norm2(self.fc2(x).flatten(0, 1)))
+        return self.fc3(x.reshape(3, -1, 3)).mean(0)  # type: ignore[no-any-return]
+
+
+def test_rows_that_are_no_examples_belong_to_their_examples() -> None:
+    """One hyperparameter vector for all of a group: its change of the statistics is that of a batch of the group."""
+    torch.manual_seed(0)
+    half = torch.randn(3, 3, 4, dtype=torch.float64)
+    x = torch.cat([half, half])  # so that the statistics of each group are those of the batch
+    stn = stn_fx.transform(randomised(Folded()), "weight_decay,label_smoothing", (x,), seed=0)
+    spread(stn)
+    stn.train()
+    rows = {str(tuple(v)) for v in stn.compiled.analysed["training"].layouts.values()}
+    assert {"(0, 1, 3)", "(0, 3, 1)"} <= rows, rows
+    deltas = 0.3 * torch.randn(2, 2, dtype=torch.float64)
+    centre = stn.hparams.raw.detach()
+    with stn.in_groups(3):
+        tangent = stn.linearize(x, raw=centre + deltas.repeat_interleave(3, 0))[1]
+    for group in range(2):
+        rows_of = slice(3 * group, 3 * group + 3)
+        alone = stn.linearize(half, raw=centre + deltas[group].expand(3, -1))[1]
+        torch.testing.assert_close(tangent[rows_of], alone)
 
 
 def test_scaling_rows_before_a_batch_norm_is_nothing_for_a_group_and_something_for_an_example() -> None:

@@ -18,7 +18,6 @@ from stn_fx.bilevel import (
     FixedHyperparameters,
     GlobalSampling,
     Linearized,
-    PerExample,
     SharedForward,
     UpdateOptions,
 )
@@ -129,9 +128,9 @@ def test_both_updates_are_those_of_passes_of_their_own(antithetic):
     start = [p.detach().clone() for p in twin.base_parameters()]
     for mine, device in zip(separate.response_masks.values(), stn._generators, strict=False):
         mine.set_state(stn.generator(device).get_state())  # its response learns by masks of its own
-    raw_BH = PerExample().inner(
+    raw_BH = shared.sampling.inner(
         stn.hparams, Rows(0, 8, 8), torch.Generator().set_state(shared.perturbations.get_state())
-    )
+    ).detach()
     record = shared.inner_step(batch)
     with stn_fx.bilevel.algorithm.training_mode(twin):
         outcome = separate.response_step(separate, separate.prepare(batch))

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 MEASUREMENT = 3
 """Added to the seed, as the streams in `stn_fx.bilevel.algorithm`."""
 PER_STEP = 7919
+FEWEST = 4
+"""Examples of a group: the statistics of fewer say little of the batch."""
 
 Measured = dict[str, dict[str, float | None]]
 """Fields of `Trust` by name of hyperparameter; plain data, so that a run that is saved half way has them."""
@@ -70,15 +72,15 @@ def measure_response(algorithm: Algorithm, content: Any, step: int) -> Measured:
     rows, space = batch.rows, stn.hparams
     device = space.raw.device
     generator = torch.Generator(device).manual_seed(seed)
-    size = group if stn.compiled.takes_batch_statistics and (group := _group(algorithm)) else 1
-    groups = -(-rows.total // size)
-    noise_G = torch.randn(groups, generator=generator, dtype=space.raw.dtype, device=device)
-    if size > 1:
-        noise_G = noise_G.sign()  # few draws: all of the size that is typical
     # What has one value for a whole batch cannot be perturbed in some of its examples.
     own = torch.tensor([h for h in range(len(space)) if h not in space.per_batch], device=device)
     if not len(own) or not stn.compiled.examples_lead:
         return {}
+    size = _examples_in_group(algorithm, rows.total // len(own))
+    groups = -(-rows.total // size)
+    noise_G = torch.randn(groups, generator=generator, dtype=space.raw.dtype, device=device)
+    if size > 1:
+        noise_G = noise_G.sign()  # few draws: all of the size that is typical
     # Where there are more hyperparameters than groups for them, others have their turn in another epoch.
     first = torch.randint(len(own), (1,), generator=generator, device=device)
     which_G = own[(torch.randperm(groups, generator=generator, device=device) + first) % len(own)]
@@ -177,9 +179,12 @@ def measure_hypergradients(algorithm: Algorithm, content: Any, step: int) -> Mea
     return result
 
 
-def _group(algorithm: Algorithm) -> int | None:
+def _examples_in_group(algorithm: Algorithm, wanted: int) -> int:
+    """How many examples share a perturbation: as in inner steps, or fewer, so that each hyperparameter has its turn."""
     sampling = getattr(algorithm, "sampling", None)
-    return None if sampling is None else sampling.group
+    if sampling is None or sampling.group is None or not algorithm.stn.compiled.takes_batch_statistics:
+        return 1
+    return max(min(sampling.group, wanted), min(sampling.group, FEWEST))
 
 
 def _seed(algorithm: Algorithm, step: int) -> int:

@@ -79,28 +79,31 @@ class _Kernel:
         )[0]
 
 
-def _in_groups(tangent: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, size: int, before: int) -> Tensor:
+def _in_groups(tangent: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, *groups: int) -> Tensor:
     """Tangent of a batch norm for groups of examples; within each it is symmetric, as that of the batch is.
 
-    The statistics are those of the batch, their tangents those of the group.
+    The statistics are those of the batch, their tangents those of the group; ``groups`` as for `_mean_of_group`.
     """
     dtype = torch.promote_types(tangent.dtype, mean.dtype)
     mean, rstd = per_channel(mean, x.ndim), per_channel(rstd, x.ndim)
     values, tangents = (x.to(dtype) - mean) * rstd, tangent.to(dtype)
-    shift, scale = (_mean_of_group(each, size, before) for each in (tangents, values * tangents))
+    shift, scale = (_mean_of_group(each, *groups) for each in (tangents, values * tangents))
     return ((tangents - shift - values * scale) * rstd).to(tangent.dtype)
 
 
-def _mean_of_group(values: Tensor, size: int, before: int) -> Tensor:
-    """Means (B, C, 1, ...) over the examples of each one's group, and over all positions."""
-    means_BC = values.flatten(2).mean(2) if values.ndim > 2 else values
-    batch, channels = means_BC.shape
+def _mean_of_group(values: Tensor, size: int, before: int, outer: int, inner: int) -> Tensor:
+    """Means over the examples of each one's group and over all positions, for every row of (outer B inner, C, ...)."""
+    means_RC = values.flatten(2).mean(2) if values.ndim > 2 else values
+    rows, channels = means_RC.shape
+    means_BC = means_RC.reshape(outer, -1, inner, channels).mean((0, 2))
+    batch = len(means_BC)
     behind = -(before + batch) % size
     # Padded, not added by index: sums in one order on every device.
     sums = F.pad(means_BC, (0, 0, before, behind)).reshape(-1, size, channels).sum(1)
     counts = F.pad(means_BC.new_ones(batch), (before, behind)).reshape(-1, size).sum(1)
     means_BC = (sums / counts[:, None]).repeat_interleave(size, 0)[before : before + batch]
-    return means_BC.reshape(batch, channels, *(1,) * (values.ndim - 2))
+    means_RC = means_BC[None, :, None].expand(outer, -1, inner, -1).reshape(rows, channels)
+    return means_RC.reshape(rows, channels, *(1,) * (values.ndim - 2))
 
 
 def standardize(kind: str, x: Tensor, options: list[Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,8 +214,10 @@ class BatchNormRule(_Norm):
         running = ("running_mean", "running_var")
         followed = [emit.value(emit.argument(node, n)) if emit.updates_buffers else None for n in running]
         momentum = emit.argument(node, "momentum") if emit.updates_buffers else 0.0
-        groups = [emit.groups.size, emit.groups.before] if emit.groups is not None else []
-        return [eps, momentum, *followed], [eps, *groups]
+        axis, outer, inner = emit.layout(node)
+        # Statistics over an axis of channels or positions that holds the batch are nothing that groups could have.
+        told = [] if emit.groups is None or axis != 0 else [emit.groups.size, emit.groups.before, outer, inner]
+        return [eps, momentum, *followed], [eps, *told]
 
     def linearize(self, emit: Emitter, node: Node) -> tuple[Any, Any]:
         if emit.argument(node, "training"):
