@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from stn_fx.arguments import require_count
 from stn_fx.augment.draws import Draws
 from stn_fx.augment.image_format import ImageFormat
 from stn_fx.compiler.capture import CapturedGraph
@@ -489,6 +490,8 @@ class SelfTuningModule(nn.Module):
             size: of a group; None = nothing is told.
             before: examples of the first group that another process has.
         """
+        if size is not None:
+            require_count("size", size)
         outer, self._groups = self._groups, None if size is None else Groups(size, before % size)
         try:
             yield
