@@ -82,18 +82,20 @@ class _Kernel:
 def _in_groups(tangent: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, *groups: int) -> Tensor:
     """Tangent of a batch norm for groups of examples; within each it is symmetric, as that of the batch is.
 
-    The statistics are those of the batch, their tangents those of the group; ``groups`` as for `_mean_of_group`.
+    The statistics are those of the batch, their tangents those of the group, told as to `_means_of_groups`.  With means
+    over the group, ``r = rstd`` and ``q = r^2 mean((x - m) t)`` it is ``r (t - mean(t) - (x - m) q)``.  Memory is what
+    costs: ``x`` and ``t`` are read as few times as can be, and nothing of their size is made but the result.
     """
     dtype = torch.promote_types(tangent.dtype, mean.dtype)
-    mean, rstd = per_channel(mean, x.ndim), per_channel(rstd, x.ndim)
-    values, tangents = (x.to(dtype) - mean) * rstd, tangent.to(dtype)
-    shift, scale = (_mean_of_group(each, *groups) for each in (tangents, values * tangents))
-    return ((tangents - shift - values * scale) * rstd).to(tangent.dtype)
+    x, t = x.to(dtype), tangent.to(dtype)
+    shift_RC, q_RC = (_means_of_groups(each, *groups) for each in (_row_means(t), _row_means(x, t)))
+    q_RC = (q_RC - mean * shift_RC) * rstd.square()
+    constant, slope = (_like_rows(each, x.ndim) for each in ((q_RC * mean - shift_RC) * rstd, -q_RC * rstd))
+    return torch.addcmul(constant, x, slope).addcmul_(t, per_channel(rstd, x.ndim)).to(tangent.dtype)
 
 
-def _mean_of_group(values: Tensor, size: int, before: int, outer: int, inner: int) -> Tensor:
-    """Means over the examples of each one's group and over all positions, for every row of (outer B inner, C, ...)."""
-    means_RC = values.flatten(2).mean(2) if values.ndim > 2 else values
+def _means_of_groups(means_RC: Tensor, size: int, before: int, outer: int, inner: int) -> Tensor:
+    """Means over the examples of each one's group, for every row (outer B inner, C)."""
     rows, channels = means_RC.shape
     means_BC = means_RC.reshape(outer, -1, inner, channels).mean((0, 2))
     batch = len(means_BC)
@@ -102,8 +104,22 @@ def _mean_of_group(values: Tensor, size: int, before: int, outer: int, inner: in
     sums = F.pad(means_BC, (0, 0, before, behind)).reshape(-1, size, channels).sum(1)
     counts = F.pad(means_BC.new_ones(batch), (before, behind)).reshape(-1, size).sum(1)
     means_BC = (sums / counts[:, None]).repeat_interleave(size, 0)[before : before + batch]
-    means_RC = means_BC[None, :, None].expand(outer, -1, inner, -1).reshape(rows, channels)
-    return means_RC.reshape(rows, channels, *(1,) * (values.ndim - 2))
+    return means_BC[None, :, None].expand(outer, -1, inner, -1).reshape(rows, channels)
+
+
+def _row_means(x: Tensor, factor: Tensor | None = None) -> Tensor:
+    """Means of ``x``, or of its product with the factor, over all positions: (rows, C)."""
+    if x.ndim == 2:
+        return x if factor is None else x * factor
+    x = x.flatten(2)
+    if factor is None:
+        return x.mean(2)
+    return torch.einsum("rcs,rcs->rc", x, factor.flatten(2)) / x.shape[2]
+
+
+def _like_rows(values_RC: Tensor, ndim: int) -> Tensor:
+    """Values of rows and channels, shaped to broadcast over ``ndim`` axes."""
+    return values_RC.reshape(*values_RC.shape, *(1,) * (ndim - 2))
 
 
 def standardize(kind: str, x: Tensor, options: list[Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,9 +186,8 @@ class _Norm(Rule):
         if not emit.follows_statistics(node):
             return emit.copy(node, weight=None, bias=None)
         statistics = [emit.value(emit.argument(node, n)) for n in ("running_mean", "running_var")]
-        axes = [0] if self.kind == "batch" else []
-        axes += range(2, emit.rank(node))
-        return emit.call(following, emit.value(node.args[0]), *statistics, emit.argument(node, "eps", 1e-5), axes)
+        eps = emit.argument(node, "eps", 1e-5)
+        return emit.call(following, emit.value(node.args[0]), *statistics, eps, self.kind == "batch")
 
     def linearize(self, emit: Emitter, node: Node) -> tuple[Any, Any]:
         x = node.args[0]
@@ -242,21 +257,45 @@ def fixed_statistics_tangent(rule: _Norm, emit: Emitter, node: Node) -> tuple[An
     return primal, rule.affine_tangent(emit, node, values, tangent)
 
 
-def following(x: Tensor, running_mean: Tensor, running_var: Tensor, eps: float, axes: list[int]) -> Tensor:
-    """``x`` standardized by running statistics, whose derivatives are those of the statistics over ``axes`` of ``x``.
+def following(x: Tensor, running_mean: Tensor, running_var: Tensor, eps: float, over_batch: bool) -> Tensor:
+    """``x`` standardized by running statistics, whose derivatives are those of the statistics of ``x``.
 
     The mean changes by as much as that of ``x`` does, the variance by the same share as that of ``x``, so that scaling
-    ``x`` moves the result by no more than both means differ.  A variance far below ``eps`` has no say.
+    ``x`` moves the result by no more than both means differ.  A variance far below ``eps`` has no say.  Without
+    ``over_batch`` (instance norm) running statistics are means over the instances.
     """
-    dtype = torch.promote_types(x.dtype, running_mean.dtype)
-    values = x.to(dtype)
-    variance, mean = torch.var_mean(values, axes, correction=0)
-    if 0 not in axes:  # of every instance; running statistics are means over them
-        variance, mean = variance.mean(0), mean.mean(0)
-    mean = running_mean + (mean - mean.detach())
-    share = 1 + (variance - variance.detach()) / (variance.detach() + eps)
-    scale = torch.rsqrt(running_var * share + eps)
-    return ((values - per_channel(mean, x.ndim)) * per_channel(scale, x.ndim)).to(x.dtype)
+    return _Following.apply(x, running_mean, running_var, eps, over_batch)  # type: ignore[no-any-return]
+
+
+class _Following(torch.autograd.Function):
+    """With ``r = 1 / sqrt(running_var + eps)``, ``c = r^2 running_var / (var(x) + eps)`` and means over the axes of the
+    statistics, ``dy = r (dx - mean(dx)) - y c mean((x - mean(x)) dx)``.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, running_mean: Tensor, running_var: Tensor, eps: float, over_batch: bool) -> Tensor:
+        return F.batch_norm(x, running_mean, running_var, None, None, False, 0.0, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.eps, ctx.over_batch = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        x, running_mean, running_var = ctx.saved_tensors
+        dtype, axes = torch.promote_types(x.dtype, running_mean.dtype), [*range(2, x.ndim)]
+        x, dy = x.to(dtype), gradient.to(dtype)
+        variance_RC, mean_RC = torch.var_mean(x, [0, *axes] if ctx.over_batch else axes, correction=0, keepdim=True)
+        variance_RC, mean_RC = variance_RC.flatten(1), mean_RC.flatten(1)
+        r = torch.rsqrt(running_var + ctx.eps)
+        mean_dy, mean_xdy = _row_means(dy).mean(0), _row_means(x, dy).mean(0)
+        share = r * (mean_xdy - running_mean * mean_dy) * r.square() * running_var / (variance_RC.mean(0) + ctx.eps)
+        constant, slope = (_like_rows(each, x.ndim) for each in (mean_RC * share - r * mean_dy, -share[None]))
+        change = torch.addcmul(constant, x, slope).addcmul_(dy, per_channel(r, x.ndim))
+        return change.to(gradient.dtype), None, None, None, None
 
 
 def inference_scale(variance: Tensor, weight: Tensor | None, eps: float, ndim: int) -> Tensor:
