@@ -182,7 +182,8 @@ class DeltaSTNUpdate:
         self.raw_BH = self.stn.hparams.sample(batch).detach()
 
     def _linearized(self, x: Tensor) -> Tensor:
-        primal, tangent = self.stn.linearize(x, raw=self.raw_BH)
+        with self.stn.in_groups(self.steps.sampling.group):
+            primal, tangent = self.stn.linearize(x, raw=self.raw_BH)
         return primal + tangent
 
 
