@@ -63,8 +63,8 @@ class Job:
 def jobs(tasks: list[str], methods: list[str]) -> list[Job]:
     """All of these methods, those first that others are compared with.
 
-    Three seeds each, on the published start where there is one; one seed for the other starts, for the papers' way and,
-    on one task only, for the variants.
+    Three seeds each, on the published start where there is one; from the other starts as many as the task says; one
+    seed for the papers' way and, on one task only, for the variants.
     """
     found = []
     for task in tasks:
@@ -79,7 +79,8 @@ def jobs(tasks: list[str], methods: list[str]) -> list[Job]:
             elif task == WITH_VARIANTS:
                 found.append(Job(task, method, start, SEEDS[0]))
             if method == "delta_stn":
-                found += [Job(task, method, start, SEEDS[0]) for start in others]
+                seeds = SEEDS[: TASKS[task].seeds_elsewhere]
+                found += [Job(task, method, start, seed) for start in others for seed in seeds]
     return found
 
 
