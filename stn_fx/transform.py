@@ -299,7 +299,7 @@ class SelfTuningModule(nn.Module):
         indifferent, would move the output; the response learns nothing about it, so this is noise.
         """
         compiled, inputs = self._prepare(args, kwargs)
-        return self._respond(compiled, compiled.response_with_statistics, inputs, raw)
+        return self._respond(compiled, compiled.response_with_statistics(self._groups), inputs, raw)
 
     def _respond(self, compiled: CompiledModel, graph: GraphModule, inputs: list[Any], raw: Tensor | None) -> Any:
         _, delta_BH = self._displacement(raw, compiled.captured.batch_size(inputs))
@@ -480,7 +480,8 @@ class SelfTuningModule(nn.Module):
 
     @contextmanager
     def in_groups(self, size: int | None, before: int = 0) -> Iterator[None]:
-        """Inside, ``size`` consecutive examples share their ``raw``, and linearized passes in training know it.
+        """Inside, ``size`` consecutive examples share their ``raw``; linearized passes in training, and
+        ``respond_with_statistics``, are told.
 
         A batch norm then changes its statistics for a group as if the whole batch were perturbed like it. Without
         this, perturbations that differ cancel in the statistics, and an example seems free to scale weight rows before

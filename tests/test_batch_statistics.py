@@ -195,7 +195,9 @@ def test_outer_steps_use_them(algorithm: type[DeltaSTN] | type[STN]) -> None:
     stn, x = wrapped("timm test_resnet", "weight_decay")
     y = torch.arange(len(x)) % 5
     steps = algorithm(stn, hyper_optimizer=lambda raw: torch.optim.SGD(raw, lr=0.0))
-    with mock.patch.object(PerExample, "outer", lambda self, space, rows, generator: space.raw.expand(len(x), -1)):
+    with mock.patch.object(
+        type(steps.sampling), "outer", lambda self, space, rows, generator: space.raw.expand(len(x), -1)
+    ):
         steps.outer_step((x, y))
     expected = torch.autograd.grad(F.cross_entropy(stn.respond_with_statistics(x), y), stn.hparams.raw)[0]
     torch.testing.assert_close(stn.hparams.raw.grad, expected)

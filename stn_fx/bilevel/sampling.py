@@ -3,7 +3,7 @@
 | class | inner step | outer step | source |
 |---|---|---|---|
 | `PerExample` | around the current value, each example on its own | the same | Delta-STN (Bae & Grosse 2020) |
-| `PerGroup` | around the current value, each group of examples on its own | as `PerExample` | for batch norms |
+| `PerGroup` | around the current value, each group of examples on its own | the same | for batch norms |
 | `PerBatch` | around the current value, one draw for the whole batch | the same | STN (MacKay et al. 2019) |
 | `GlobalSampling` | from one wide distribution for the whole run | at the current value | Lorraine & Duvenaud 2018 |
 
@@ -70,8 +70,8 @@ class PerGroup(PerExample):
     For models whose batch norms take statistics of the batch in training. Such a norm undoes what is done to all
     examples alike, so that scaling the weights before it changes nothing; but among perturbations that differ from
     example to example every single one seems to be free to do so, and a response learned from them does. The examples
-    of a group are perturbed alike, and the norms' statistics change for them as if the whole batch were. Outer steps
-    draw for every example: there, statistics follow the weights.
+    of a group are perturbed alike, and the norms' statistics change for them as if the whole batch were. In outer steps
+    too, where statistics follow the weights: else wide perturbations would seem to harm there, and scales collapse.
 
     Args:
         size: of a group. Fewer examples tell less of the statistics, more of them have fewer draws in a batch.
@@ -85,10 +85,15 @@ class PerGroup(PerExample):
         return f"PerGroup(size={self.group})"
 
     def inner(self, space: HyperparameterSpace, rows: Rows, generator: Generator) -> Tensor:
-        assert self.group is not None
-        noise_GH = _noise(-(-rows.total // self.group), space, generator)
-        noise_BH = _shared_per_batch(noise_GH.repeat_interleave(self.group, 0), space)
+        noise_BH = _shared_per_batch(self._noise_of_groups(space, rows, generator), space)
         return space.perturb(noise_BH[rows.start : rows.stop])
+
+    def outer(self, space: HyperparameterSpace, rows: Rows, generator: Generator) -> Tensor:
+        return space.perturb(self._noise_of_groups(space, rows, generator)[rows.start : rows.stop])
+
+    def _noise_of_groups(self, space: HyperparameterSpace, rows: Rows, generator: Generator) -> Tensor:
+        assert self.group is not None
+        return _noise(-(-rows.total // self.group), space, generator).repeat_interleave(self.group, 0)
 
 
 class PerBatch(Sampling):

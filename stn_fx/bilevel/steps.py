@@ -134,9 +134,9 @@ class DeltaSTN(Algorithm):
         batch = self.prepare(content)
         raw_BH = self.sampling.outer(self.stn.hparams, batch.rows, self.perturbations)
         updater, precision = self.updaters["hyper"], self.precision()
-        return OuterRecord.of(
-            hyper_update(self.stn, self.objective, updater, batch, raw_BH, self.entropy_weight, precision)
-        )
+        with self.stn.in_groups(self.sampling.group, batch.rows.start):
+            outcome = hyper_update(self.stn, self.objective, updater, batch, raw_BH, self.entropy_weight, precision)
+        return OuterRecord.of(outcome)
 
 
 class FixedHyperparameters(Algorithm):

@@ -168,7 +168,7 @@ def measure_hypergradients(algorithm: Algorithm, content: Any, step: int) -> Mea
     batch = algorithm.prepare(content)
     generator = torch.Generator(stn.hparams.raw.device).manual_seed(_seed(algorithm, step))
     raw_BH = _sampled(algorithm, batch, generator).detach().requires_grad_()
-    with algorithm.precision():
+    with algorithm.precision(), stn.in_groups(_group(algorithm), batch.rows.start):
         output = batch.feed(stn.respond_with_statistics, raw=raw_BH)
         loss = algorithm.objective.validation_loss(output, batch, named_values(stn, raw_BH.detach()))
     (gradient_BH,) = torch.autograd.grad(loss, raw_BH, allow_unused=True, materialize_grads=True)
@@ -181,10 +181,15 @@ def measure_hypergradients(algorithm: Algorithm, content: Any, step: int) -> Mea
 
 def _examples_in_group(algorithm: Algorithm, wanted: int) -> int:
     """How many examples share a perturbation: as in inner steps, or fewer, so that each hyperparameter has its turn."""
-    sampling = getattr(algorithm, "sampling", None)
-    if sampling is None or sampling.group is None or not algorithm.stn.compiled.takes_batch_statistics:
+    group = _group(algorithm)
+    if group is None or not algorithm.stn.compiled.takes_batch_statistics:
         return 1
-    return max(min(sampling.group, wanted), min(sampling.group, FEWEST))
+    return max(min(group, wanted), min(group, FEWEST))
+
+
+def _group(algorithm: "Algorithm | DeltaSTN") -> int | None:
+    sampling = getattr(algorithm, "sampling", None)
+    return None if sampling is None else sampling.group
 
 
 def _seed(algorithm: Algorithm, step: int) -> int:

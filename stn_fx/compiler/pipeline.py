@@ -49,6 +49,8 @@ class CompiledModel:
     registry: Registry
     further: dict[tuple[Groups | None, bool], GraphModule] = field(default_factory=dict)
     """More variants of the linearized pass, made when first needed."""
+    responses_with_statistics: dict[Groups | None, GraphModule] = field(default_factory=dict)
+    """The same of the response pass."""
     predicted_cost: Any = None
     """Filled in by the report, which is the one to ask for it."""
 
@@ -105,11 +107,20 @@ class CompiledModel:
         """The response pass on the training graph, with dropout and augmentation; only some variants need it."""
         return rewrite(self.analysed["training"], self.plan, self.registry, "response", updates_buffers=True)
 
-    @cached_property
-    def response_with_statistics(self) -> GraphModule:
-        """The response pass with derivatives that go through the running statistics that training updates."""
+    def response_with_statistics(self, groups: Groups | None) -> GraphModule:
+        """The response pass with derivatives that go through the running statistics that training updates.
+
+        Args:
+            groups: which examples share a perturbation; None = derivatives are those of statistics of the batch.
+        """
         following = trained_statistics(self.captured.training)
-        return rewrite(self.analysed["evaluation"], self.plan, self.registry, "response", following=following)
+        if not following:
+            return self.response
+        if groups not in self.responses_with_statistics:
+            self.responses_with_statistics[groups] = rewrite(
+                self.analysed["evaluation"], self.plan, self.registry, "response", following=following, groups=groups
+            )
+        return self.responses_with_statistics[groups]
 
 
 def compile_model(

@@ -79,6 +79,13 @@ class _Kernel:
         )[0]
 
 
+def _told_groups(emit: Emitter, node: Node) -> list[int]:
+    """What `_means_of_groups` needs; nothing where there are no groups, or none that could have statistics."""
+    axis, outer, inner = emit.layout(node)
+    # The batch along an axis of channels or positions: its examples are no rows.
+    return [] if emit.groups is None or axis != 0 else [emit.groups.size, emit.groups.before, outer, inner]
+
+
 def _in_groups(tangent: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, *groups: int) -> Tensor:
     """Tangent of a batch norm for groups of examples; within each it is symmetric, as that of the batch is.
 
@@ -187,7 +194,8 @@ class _Norm(Rule):
             return emit.copy(node, weight=None, bias=None)
         statistics = [emit.value(emit.argument(node, n)) for n in ("running_mean", "running_var")]
         eps = emit.argument(node, "eps", 1e-5)
-        return emit.call(following, emit.value(node.args[0]), *statistics, eps, self.kind == "batch")
+        told = _told_groups(emit, node)
+        return emit.call(following, emit.value(node.args[0]), *statistics, eps, self.kind == "batch", *told)
 
     def linearize(self, emit: Emitter, node: Node) -> tuple[Any, Any]:
         x = node.args[0]
@@ -229,10 +237,7 @@ class BatchNormRule(_Norm):
         running = ("running_mean", "running_var")
         followed = [emit.value(emit.argument(node, n)) if emit.updates_buffers else None for n in running]
         momentum = emit.argument(node, "momentum") if emit.updates_buffers else 0.0
-        axis, outer, inner = emit.layout(node)
-        # Statistics over an axis of channels or positions that holds the batch are nothing that groups could have.
-        told = [] if emit.groups is None or axis != 0 else [emit.groups.size, emit.groups.before, outer, inner]
-        return [eps, momentum, *followed], [eps, *told]
+        return [eps, momentum, *followed], [eps, *_told_groups(emit, node)]
 
     def linearize(self, emit: Emitter, node: Node) -> tuple[Any, Any]:
         if emit.argument(node, "training"):
@@ -257,14 +262,17 @@ def fixed_statistics_tangent(rule: _Norm, emit: Emitter, node: Node) -> tuple[An
     return primal, rule.affine_tangent(emit, node, values, tangent)
 
 
-def following(x: Tensor, running_mean: Tensor, running_var: Tensor, eps: float, over_batch: bool) -> Tensor:
+def following(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, eps: float, over_batch: bool, *groups: int
+) -> Tensor:
     """``x`` standardized by running statistics, whose derivatives are those of the statistics of ``x``.
 
     The mean changes by as much as that of ``x`` does, the variance by the same share as that of ``x``, so that scaling
     ``x`` moves the result by no more than both means differ.  A variance far below ``eps`` has no say.  Without
-    ``over_batch`` (instance norm) running statistics are means over the instances.
+    ``over_batch`` (instance norm) running statistics are means over the instances.  With groups, told as to
+    `_means_of_groups`, each has derivatives of its own statistics.
     """
-    return _Following.apply(x, running_mean, running_var, eps, over_batch)  # type: ignore[no-any-return]
+    return _Following.apply(x, running_mean, running_var, eps, over_batch, groups)  # type: ignore[no-any-return]
 
 
 class _Following(torch.autograd.Function):
@@ -275,27 +283,44 @@ class _Following(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, running_mean: Tensor, running_var: Tensor, eps: float, over_batch: bool) -> Tensor:
+    def forward(
+        x: Tensor, running_mean: Tensor, running_var: Tensor, eps: float, over_batch: bool, groups: tuple[int, ...]
+    ) -> Tensor:
         return F.batch_norm(x, running_mean, running_var, None, None, False, 0.0, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.eps, ctx.over_batch = inputs
+        *tensors, ctx.eps, ctx.over_batch, ctx.groups = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         x, running_mean, running_var = ctx.saved_tensors
-        dtype, axes = torch.promote_types(x.dtype, running_mean.dtype), [*range(2, x.ndim)]
+        dtype = torch.promote_types(x.dtype, running_mean.dtype)
         x, dy = x.to(dtype), gradient.to(dtype)
-        variance_RC, mean_RC = torch.var_mean(x, [0, *axes] if ctx.over_batch else axes, correction=0, keepdim=True)
-        variance_RC, mean_RC = variance_RC.flatten(1), mean_RC.flatten(1)
-        r = torch.rsqrt(running_var + ctx.eps)
-        mean_dy, mean_xdy = _row_means(dy).mean(0), _row_means(x, dy).mean(0)
-        share = r * (mean_xdy - running_mean * mean_dy) * r.square() * running_var / (variance_RC.mean(0) + ctx.eps)
-        constant, slope = (_like_rows(each, x.ndim) for each in (mean_RC * share - r * mean_dy, -share[None]))
+
+        def means(each_RC: Tensor) -> Tensor:
+            return _means_of_groups(each_RC, *ctx.groups) if ctx.groups else each_RC.mean(0, keepdim=True)
+
+        # The variance by those of rows and the spread of their means: in one sweep, without a difference of squares.
+        variance_RC, mean_RC = _row_variances(x)
+        if ctx.over_batch:
+            centre_RC = means(mean_RC)
+            variance_RC = means(variance_RC + (mean_RC - centre_RC).square())
+            mean_RC = centre_RC
+        r, mean_dy_RC = torch.rsqrt(running_var + ctx.eps), means(_row_means(dy))
+        mean_ydy_RC = r * (means(_row_means(x, dy)) - running_mean * mean_dy_RC)
+        share_RC = mean_ydy_RC * r.square() * running_var / (means(variance_RC) + ctx.eps)
+        constant, slope = (_like_rows(each, x.ndim) for each in (mean_RC * share_RC - r * mean_dy_RC, -share_RC))
         change = torch.addcmul(constant, x, slope).addcmul_(dy, per_channel(r, x.ndim))
-        return change.to(gradient.dtype), None, None, None, None
+        return change.to(gradient.dtype), None, None, None, None, None
+
+
+def _row_variances(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Variances and means over all positions of every row: (rows, C)."""
+    if x.ndim == 2:
+        return torch.zeros_like(x), x
+    return torch.var_mean(x.flatten(2), 2, correction=0)
 
 
 def inference_scale(variance: Tensor, weight: Tensor | None, eps: float, ndim: int) -> Tensor:
