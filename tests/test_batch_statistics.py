@@ -145,6 +145,26 @@ def test_the_hypergradient_is_that_of_statistics_that_move_with_the_weights(name
     assert (fixed - ours).norm() > 1e-2 * ours.norm(), "the models are to tell the two apart"
 
 
+@pytest.mark.parametrize(("size", "before"), [(2, 0), (4, 3)])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_group_has_the_hypergradient_that_it_would_have_alone(name: str, size: int, before: int) -> None:
+    stn, x = wrapped(name)
+    groups = [(before + i) // size for i in range(B)]
+    raws_GH = stn.hparams.raw.detach() + 0.3 * torch.randn(groups[-1] + 1, 2, dtype=torch.float64)
+    raw_BH = raws_GH[groups].requires_grad_()
+    with stn.in_groups(size, before):
+        output = stn.respond_with_statistics(x, raw=raw_BH)
+    torch.testing.assert_close(output, stn.respond(x, raw=raw_BH))
+    weights = torch.arange(output.numel(), dtype=output.dtype).cos().reshape(output.shape)
+    (ours,) = torch.autograd.grad((output * weights).sum(), raw_BH)
+    for group in set(groups):
+        rows = slice(groups.index(group), B - groups[::-1].index(group))
+        own_BH = raw_BH[rows].detach().requires_grad_()
+        alone = stn.respond_with_statistics(x[rows], raw=own_BH)
+        (expected,) = torch.autograd.grad((alone * weights[rows]).sum(), own_BH)
+        torch.testing.assert_close(ours[rows], expected, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_value_is_that_of_the_response_pass(name: str) -> None:
     stn, x = wrapped(name)
