@@ -475,5 +475,5 @@ def test_hypergradients_of_a_model_with_batch_norm_are_those_of_training_again()
         respond = stn.respond_with_statistics if sampling.group else stn.respond
         loss = cross_entropy(respond(problem.valid[0]), problem.valid[1]).mean()
         predicted[sampling.group] = torch.autograd.grad(loss, stn.hparams.raw)[0].item()
-    assert predicted[64] == pytest.approx(expected, rel=0.1), (predicted, expected)
-    assert abs(predicted[None] - expected) > abs(expected), (predicted, expected)
+    assert predicted[64] == pytest.approx(expected, rel=0.03), (predicted, expected)
+    assert abs(predicted[None] - expected) > 10 * abs(expected), (predicted, expected)
