@@ -66,6 +66,11 @@ class CompiledModel:
         """Whether a batch norm takes the statistics of the batch in training."""
         return takes_batch_statistics(self.captured.training)
 
+    @cached_property
+    def trained_statistics(self) -> set[str]:
+        """Names of running statistics that training updates."""
+        return trained_statistics(self.captured.training)
+
     def linearized_in_groups(self, groups: Groups | None, updates_buffers: bool = False) -> GraphModule:
         """The linearized pass on the training graph, with tangents of batch statistics for each group of examples.
 
@@ -113,7 +118,7 @@ class CompiledModel:
         Args:
             groups: which examples share a perturbation; None = derivatives are those of statistics of the batch.
         """
-        following = trained_statistics(self.captured.training)
+        following = self.trained_statistics
         if not following:
             return self.response
         if groups not in self.responses_with_statistics:
