@@ -101,7 +101,10 @@ class Linearized(_Perturbed):
 
 
 class WithoutLinearization(_Perturbed):
-    """By the perturbed network `f(x; w0 + DeltaW(delta))` in training mode: cheaper, and biased where f is curved."""
+    """By the perturbed network `f(x; w0 + DeltaW(delta))` in training mode: cheaper, and biased where f is curved.
+
+    Its batch norms take the statistics of the whole batch, whatever groups are perturbed alike (see `PerGroup`).
+    """
 
     loss = staticmethod(perturbed_response_loss)
 

@@ -32,7 +32,7 @@ class Sampling(ABC):
 
     Attributes:
         uses_scales: whether the perturbations have the scales, so that these can be tuned.
-        group: how many consecutive examples share a perturbation in inner steps; None where batch norms need not know.
+        group: how many consecutive examples share a perturbation; None where batch norms are told of none.
     """
 
     uses_scales = True
@@ -58,10 +58,14 @@ class PerExample(Sampling):
     """Gaussian around the current value with the tuned scale, independent for every example."""
 
     def inner(self, space: HyperparameterSpace, rows: Rows, generator: Generator) -> Tensor:
-        return space.perturb(_inner_noise(rows, space, generator))
+        noise_BH = _shared_per_batch(self._noise(rows.total, space, generator), space)
+        return space.perturb(noise_BH[rows.start : rows.stop])
 
     def outer(self, space: HyperparameterSpace, rows: Rows, generator: Generator) -> Tensor:
-        return space.perturb(_noise(rows.total, space, generator)[rows.start : rows.stop])
+        return space.perturb(self._noise(rows.total, space, generator)[rows.start : rows.stop])
+
+    def _noise(self, total: int, space: HyperparameterSpace, generator: Generator) -> Tensor:
+        return _noise(total, space, generator)
 
 
 class PerGroup(PerExample):
@@ -84,16 +88,9 @@ class PerGroup(PerExample):
     def __repr__(self) -> str:
         return f"PerGroup(size={self.group})"
 
-    def inner(self, space: HyperparameterSpace, rows: Rows, generator: Generator) -> Tensor:
-        noise_BH = _shared_per_batch(self._noise_of_groups(space, rows, generator), space)
-        return space.perturb(noise_BH[rows.start : rows.stop])
-
-    def outer(self, space: HyperparameterSpace, rows: Rows, generator: Generator) -> Tensor:
-        return space.perturb(self._noise_of_groups(space, rows, generator)[rows.start : rows.stop])
-
-    def _noise_of_groups(self, space: HyperparameterSpace, rows: Rows, generator: Generator) -> Tensor:
+    def _noise(self, total: int, space: HyperparameterSpace, generator: Generator) -> Tensor:
         assert self.group is not None
-        return _noise(-(-rows.total // self.group), space, generator).repeat_interleave(self.group, 0)
+        return _noise(-(-total // self.group), space, generator).repeat_interleave(self.group, 0)
 
 
 class PerBatch(Sampling):
@@ -105,6 +102,8 @@ class PerBatch(Sampling):
 
 class GlobalSampling(Sampling):
     """Gaussian around the initial value with a fixed width, so that the response is learned everywhere at once.
+
+    Each example has its own draw, also beside batch norms, which makes the response wrong there (see `PerGroup`).
 
     Args:
         width: standard deviation in raw space.
@@ -121,7 +120,8 @@ class GlobalSampling(Sampling):
         return f"GlobalSampling(width={self.width})"
 
     def inner(self, space: HyperparameterSpace, rows: Rows, generator: Generator) -> Tensor:
-        return _initial(space) + self.width * _inner_noise(rows, space, generator)
+        noise_BH = _shared_per_batch(_noise(rows.total, space, generator), space)
+        return _initial(space) + self.width * noise_BH[rows.start : rows.stop]
 
     def opposite(self, space: HyperparameterSpace, raw_BH: Tensor) -> Tensor:
         return 2 * _initial(space) - raw_BH
@@ -138,12 +138,8 @@ def _noise(rows: int, space: HyperparameterSpace, generator: Generator) -> Tenso
     return torch.randn(rows, len(space), generator=generator, dtype=space.raw.dtype, device=space.raw.device)
 
 
-def _inner_noise(rows: Rows, space: HyperparameterSpace, generator: Generator) -> Tensor:
-    """Noise (B, H) of each example; the first row of the whole batch for hyperparameters with one value per batch."""
-    return _shared_per_batch(_noise(rows.total, space, generator), space)[rows.start : rows.stop]
-
-
 def _shared_per_batch(noise_BH: Tensor, space: HyperparameterSpace) -> Tensor:
+    """The first row of the whole batch for hyperparameters with one value per batch."""
     if space.per_batch:
         noise_BH[:, space.per_batch] = noise_BH[:1, space.per_batch]
     return noise_BH

@@ -80,7 +80,7 @@ def measure_response(algorithm: Algorithm, content: Any, step: int) -> Measured:
     groups = -(-rows.total // size)
     noise_G = torch.randn(groups, generator=generator, dtype=space.raw.dtype, device=device)
     if size > 1:
-        noise_G = noise_G.sign()  # few draws: all of the size that is typical
+        noise_G = torch.ones_like(noise_G)  # few draws: all of the size that is typical; each has its opposite
     # Where there are more hyperparameters than groups for them, others have their turn in another epoch.
     first = torch.randint(len(own), (1,), generator=generator, device=device)
     which_G = own[(torch.randperm(groups, generator=generator, device=device) + first) % len(own)]

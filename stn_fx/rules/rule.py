@@ -103,7 +103,7 @@ class Emitter(Protocol):
         """Whether the pass trains the model, so that running statistics follow it."""
 
     @property
-    def groups(self) -> "Groups | None":
+    def groups(self) -> Groups | None:
         """Which examples share a perturbation, for norms that take statistics of the batch; None = not told."""
 
     def follows_statistics(self, node: Node) -> bool:
