@@ -24,7 +24,7 @@ from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
 
 import stn_fx
-from stn_fx.bilevel import STN, DeltaSTN, Linearized, PerBatch, PerExample, PerGroup, SharedForward
+from stn_fx.bilevel import STN, DeltaSTN, GlobalSampling, Linearized, PerBatch, PerExample, PerGroup, SharedForward
 from stn_fx.bilevel.objective import as_objective
 from stn_fx.rules.normalization import normalized_tangent
 
@@ -210,6 +210,7 @@ def test_statistics_that_training_leaves_alone_stay() -> None:
     assert torch.equal(ours, fixed)
 
 
+@pytest.mark.filterwarnings("ignore:The model has batch norms")
 @pytest.mark.parametrize("algorithm", [DeltaSTN, STN])
 def test_outer_steps_use_them(algorithm: type[DeltaSTN] | type[STN]) -> None:
     stn, x = wrapped("timm test_resnet", "weight_decay")
@@ -394,10 +395,10 @@ def frozen(model: nn.Module) -> nn.Module:
     ("build", "algorithm", "options", "expected"),
     [
         (Dense, DeltaSTN, {}, "PerGroup(size=16)"),
-        (Dense, DeltaSTN, {"sampling": PerExample()}, "PerExample()"),
+        (Dense, DeltaSTN, {"sampling": PerGroup(3)}, "PerGroup(size=3)"),
         (Dense, DeltaSTN, {"sampling": PerBatch()}, "PerBatch()"),
         (Dense, SharedForward, {}, "PerGroup(size=16)"),
-        (Dense, STN, {}, "PerExample()"),
+        (Dense, STN, {"sampling": PerBatch()}, "PerBatch()"),
         (lambda: frozen(Dense().train()), DeltaSTN, {}, "PerExample()"),
         (lambda: nn.Sequential(nn.Linear(12, 4), nn.LayerNorm(4)), DeltaSTN, {}, "PerExample()"),
     ],
@@ -406,6 +407,22 @@ def test_models_with_batch_statistics_are_perturbed_in_groups(build, algorithm, 
     stn = stn_fx.transform(build(), "weight_decay", (torch.randn(B, 12),), seed=0)
     steps = algorithm(stn, **options)
     assert str(steps.sampling) == steps.description()["sampling"] == expected
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options", "remedy"),
+    [
+        (DeltaSTN, {"sampling": PerExample()}, "Leave sampling out"),
+        (DeltaSTN, {"sampling": GlobalSampling()}, "Leave sampling out"),
+        (SharedForward, {"sampling": PerExample()}, "Leave sampling out"),
+        (STN, {}, r"Use DeltaSTN, or pass sampling=PerBatch\(\)"),
+    ],
+)
+def test_a_sampling_that_does_not_suit_batch_statistics_is_followed_with_a_warning(algorithm, options, remedy) -> None:
+    stn = stn_fx.transform(Dense(), "weight_decay", (torch.randn(B, 12),), seed=0)
+    with pytest.warns(UserWarning, match=f"batch norms.*perturbs every example by itself.*{remedy}"):
+        steps = algorithm(stn, **options)
+    assert not steps.sampling.suits_batch_norms
 
 
 @pytest.mark.parametrize("algorithm", [DeltaSTN, SharedForward])
@@ -439,6 +456,7 @@ class Squashed(nn.Module):
         return torch.stack([-value / 2, value / 2], 1)
 
 
+@pytest.mark.filterwarnings("ignore:The model has batch norms")
 def test_hypergradients_of_a_model_with_batch_norm_are_those_of_training_again() -> None:
     """And not those of perturbations that differ from example to example, with statistics that stay."""
     torch.manual_seed(0)

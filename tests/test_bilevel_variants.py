@@ -110,6 +110,7 @@ def test_scales_that_a_sampling_does_not_use_are_not_tuned():
         make_fake(sampling=GlobalSampling(), scale_optimizer=partial(SGD, lr=0.1))
 
 
+@pytest.mark.filterwarnings("ignore:The model has batch norms")
 def test_stn_moves_every_buffer_as_training_does():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4, momentum=None), nn.Linear(4, 3))
@@ -125,6 +126,7 @@ def test_stn_moves_every_buffer_as_training_does():
     torch.testing.assert_close(model[1].running_mean, plain[1].running_mean)
 
 
+@pytest.mark.filterwarnings("ignore:The model has batch norms")
 @pytest.mark.parametrize("algorithm", [STN, DeltaSTN])
 def test_a_bad_batch_does_not_spoil_running_statistics(algorithm):
     torch.manual_seed(0)
@@ -311,6 +313,7 @@ def test_stn_is_the_uncentred_joint_training_of_its_paper():
     torch.testing.assert_close(model.weight.data, weights_B(raw[None])[0].detach())
 
 
+@pytest.mark.filterwarnings("ignore:The model has batch norms")
 def test_stn_trains_and_tunes_through_the_trainer():
     stn = wrapped(nn.BatchNorm1d(8))
     data = [(torch.randn(8, 6).double(), torch.randint(0, 3, (8,))) for _ in range(6)]

@@ -89,6 +89,13 @@ def _delta_stn(
     return Way(build, cost, train_steps, WARM_UP, response=RESPONSES.get(kind, "rowwise"))
 
 
+def _defaults(task: Task, costs: Costs) -> Way:
+    """Delta-STN with everything as the trainer has it by itself; only the optimizers of training are the task's."""
+    step, train_steps, warmup = costs["delta_stn"], 5, 0.4
+    own = {"base_optimizer": sgd(task), "response_optimizer": sgd(task)}
+    return Way(lambda wrapped: DeltaSTN(wrapped, **own), step, train_steps, warmup)
+
+
 def _double_backward(task: Task, costs: Costs) -> Way:
     """The papers' response as their code linearizes it: the same updates, by two reverse passes (see step_cost.py)."""
     way = _delta_stn(task, costs, step=Linearized(antithetic=False), passes=1)
@@ -114,6 +121,7 @@ def _optimizers(task: Task) -> dict[str, Any]:
 
 TUNERS: dict[str, Callable[[Task, Costs], Way]] = {
     "delta_stn": _delta_stn,
+    "defaults": _defaults,
     "stn": _stn,
 }
 """All starts for the first, the published one for the others."""

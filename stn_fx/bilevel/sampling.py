@@ -33,10 +33,12 @@ class Sampling(ABC):
     Attributes:
         uses_scales: whether the perturbations have the scales, so that these can be tuned.
         group: how many consecutive examples share a perturbation; None where batch norms are told of none.
+        suits_batch_norms: whether examples that share the statistics of a batch norm share a perturbation.
     """
 
     uses_scales = True
     group: int | None = None
+    suits_batch_norms = False
 
     def __repr__(self) -> str:
         return f"{type(self).__qualname__}()"
@@ -81,6 +83,8 @@ class PerGroup(PerExample):
         size: of a group. Fewer examples tell less of the statistics, more of them have fewer draws in a batch.
     """
 
+    suits_batch_norms = True
+
     def __init__(self, size: int = GROUP) -> None:
         require_count("size", size)
         self.group = size
@@ -96,6 +100,8 @@ class PerGroup(PerExample):
 class PerBatch(Sampling):
     """One Gaussian draw for all examples of a batch."""
 
+    suits_batch_norms = True
+
     def inner(self, space: HyperparameterSpace, rows: Rows, generator: Generator) -> Tensor:
         return space.perturb(_noise(1, space, generator)).expand(rows.stop - rows.start, -1)
 
@@ -103,7 +109,8 @@ class PerBatch(Sampling):
 class GlobalSampling(Sampling):
     """Gaussian around the initial value with a fixed width, so that the response is learned everywhere at once.
 
-    Each example has its own draw, also beside batch norms, which makes the response wrong there (see `PerGroup`).
+    Each example has its own draw, also beside batch norms, which makes the response wrong there (see `PerGroup`); a
+    warning says so.
 
     Args:
         width: standard deviation in raw space.

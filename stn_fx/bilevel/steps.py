@@ -1,5 +1,6 @@
 """The algorithms: `DeltaSTN` tunes; `FixedHyperparameters` trains the same model without tuning, the fair baseline."""
 
+import warnings
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch.nn.functional as F
@@ -61,7 +62,7 @@ class DeltaSTN(Algorithm):
         updates: gradient accumulation and clipping, autocast, and how many updates in a row may be skipped because they
             are not finite.
         sampling: where perturbed hyperparameters come from; where None, `PerGroup()` for a model whose batch norms take
-            statistics of the batch, else `PerExample()`.
+            statistics of the batch, else `PerExample()`. One that does not suit such a model is used, with a warning.
         response_step: how the response is learned; `EveryKth(Linearized(), 2)` where None.
         tune_scales: whether outer steps move the scales (of a sampling that has them); else they stay as they began.
 
@@ -107,8 +108,18 @@ class DeltaSTN(Algorithm):
 
     def _build_optimizers(self) -> None:
         super()._build_optimizers()
-        if self._chosen_by_model and self.linearizes and self.stn.compiled.takes_batch_statistics:
+        if not self.stn.compiled.takes_batch_statistics:
+            return
+        if self._chosen_by_model and self.linearizes:
             self.sampling = PerGroup()
+        elif not self.sampling.suits_batch_norms:
+            remedy = "Leave sampling out" if self.linearizes else "Use DeltaSTN, or pass sampling=PerBatch()"
+            warnings.warn(
+                f"The model has batch norms with statistics of the batch, and {type(self).__qualname__} with "
+                f"{self.sampling} perturbs every example by itself. The response will learn to scale weights before a "
+                f"norm, which no hyperparameter that all examples share can do. {remedy}.",
+                stacklevel=4,
+            )
 
     def inner_step(self, content: Any) -> InnerRecord:
         """One update of the base parameters, then one of the response parameters with fresh perturbations."""

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 class STN(DeltaSTN):
     """STN without centring; arguments as for `DeltaSTN`, without `response_step`: base and response learn together.
 
-    Perturbed example by example, also beside batch norms, which makes the response wrong there (see `PerGroup`).
+    Perturbed example by example, also beside batch norms, which makes the response wrong there (see `PerGroup`); a
+    warning says so.
 
     Raises:
         InputError: a response lives on an effective tensor instead of a parameter, so that it cannot be added to one;
