@@ -323,7 +323,9 @@ class SelfTuningModule(nn.Module):
         if base is None:
             state = {name: t.clone() if name in buffers else t.detach() for name, t in state.items()}
         else:
-            state |= base
+            given = {id(p): base[name] for name, p in self.model.named_parameters() if name in base}
+            tied = self.model.named_parameters(remove_duplicate=False)
+            state |= {name: given[id(p)] for name, p in tied if id(p) in given} | dict(base)
         self._require_one_per_batch(raw_BH)
         values = self.hparams.constrain(raw_BH.detach())
         with without_autocast(self.model):

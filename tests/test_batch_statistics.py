@@ -26,6 +26,7 @@ from torch.nn.utils import parameters_to_vector
 import stn_fx
 from stn_fx.bilevel import STN, DeltaSTN, GlobalSampling, Linearized, PerBatch, PerExample, PerGroup, SharedForward
 from stn_fx.bilevel.objective import as_objective
+from stn_fx.errors import InputError
 from stn_fx.rules.normalization import normalized_tangent
 
 B = 6
@@ -495,3 +496,68 @@ def test_hypergradients_of_a_model_with_batch_norm_are_those_of_training_again()
         predicted[sampling.group] = torch.autograd.grad(loss, stn.hparams.raw)[0].item()
     assert predicted[64] == pytest.approx(expected, rel=0.03), (predicted, expected)
     assert abs(predicted[None] - expected) > 10 * abs(expected), (predicted, expected)
+
+
+@pytest.mark.parametrize("algorithm", [DeltaSTN, SharedForward, functools.partial(STN, sampling=PerBatch())])
+@pytest.mark.parametrize("shape", [(12,), (12, 1, 1)])
+def test_a_training_batch_with_one_value_of_a_channel_is_refused(algorithm, shape: tuple[int, ...]) -> None:
+    """As torch.nn.functional refuses it: its variance is not a number, and stays in the running statistics."""
+    norm = nn.BatchNorm1d(12) if shape == (12,) else nn.BatchNorm2d(12)
+    model = nn.Sequential(norm, nn.Flatten(), nn.Linear(12, 3))
+    x, y = torch.randn(9, *shape), torch.randint(3, (9,))
+    stn = stn_fx.transform(model, "weight_decay", (x,), seed=0)
+    trainer = stn_fx.BilevelTrainer(stn, train=list(batches(x, y, 4)), valid=[(x + 1, y)], algorithm=algorithm(stn))
+    with pytest.raises(InputError, match=r"one value only for each of its 12 channels.*drop_last=True"):
+        trainer.fit(2)
+    assert norm.running_var.isfinite().all()
+    with pytest.raises(InputError, match="one value only"):
+        stn.linearize(x[:1])
+    stn.eval()(x[:1])
+
+
+def batches(x: Tensor, y: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(x.split(size), y.split(size), strict=True)
+
+
+def test_a_group_of_one_example_in_single_precision() -> None:
+    """Its variance is zero: what rounding leaves of a difference from its mean must not be divided by that."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 3)).double()
+    x, y = torch.rand(17, 6, dtype=torch.float64) * 255, torch.randint(3, (17,))
+    for _ in range(60):
+        model(x)
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        torch.manual_seed(1)
+        stn = stn_fx.transform(copy.deepcopy(model).to(dtype), "weight_decay,label_smoothing", (x.to(dtype),), seed=0)
+        for parameter in stn.response_parameters():
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, dtype=torch.float64))
+        with stn.in_groups(16):
+            F.cross_entropy(stn.respond_with_statistics(x.to(dtype)), y).backward()
+        found.append(stn.hparams.raw.grad.double())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+
+
+class UnusedInTraining(nn.Module):
+    """The output of its batch norm counts in evaluation only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        normed = self.norm(x)
+        return self.last(x if self.training else normed)
+
+
+@pytest.mark.parametrize("algorithm", [DeltaSTN, SharedForward])
+def test_statistics_of_an_output_that_training_does_not_use(algorithm) -> None:
+    torch.manual_seed(0)
+    model, x, y = UnusedInTraining(), 5 * torch.randn(16, 6) + 3, torch.randint(3, (16,))
+    plain = copy.deepcopy(model)
+    plain(x)
+    stn = stn_fx.transform(model, "weight_decay", (x,), seed=0)
+    algorithm(stn).inner_step((x, y))
+    for name, expected in plain.named_buffers():
+        torch.testing.assert_close(model.get_buffer(name), expected, msg=name)

@@ -121,6 +121,7 @@ def test_parts_without_overlap_pass(parts):
         (lambda output, target: 1.0, "returned a float"),
         (lambda output, target: output.detach().sum(1), "training loss does not depend on the model's output"),
         (lambda output, target: (output.argmax(1) != target).double(), "does not depend"),
+        (lambda output, target: (output.argmax(1) != target).sum(), "The loss is of int64.*does not depend"),
         (lambda output, target: torch.ones((), requires_grad=True) * target.sum(), "training loss does not depend"),
         (
             Objective(
@@ -173,9 +174,9 @@ class Once:
 
 
 def test_a_training_loader_that_runs_dry_is_refused():
-    trainer = BilevelTrainer(FakeSelfTuningModule(nn.Linear(8, 3).double()), train=Once(TRAIN, 2), valid=VALID)
+    trainer = BilevelTrainer(FakeSelfTuningModule(nn.Linear(8, 3).double()), train=Once(TRAIN, 3), valid=VALID)
     with pytest.raises(InputError, match="training loader had batches in its first pass and none in pass 2"):
-        trainer.fit(3, warmup_epochs=1)  # a batch of one pass is looked at before
+        trainer.fit(3, warmup_epochs=1)  # a batch is looked at before, and whether the next pass begins anew
 
 
 class Stream(IterableDataset):
@@ -242,3 +243,39 @@ def test_the_checks_leave_the_run_as_it_would_be():
         return stn.generator().get_state()
 
     assert torch.equal(first_mask(True), first_mask(False))
+
+
+def test_a_fit_that_is_refused_leaves_generators_alone():
+    stn = FakeSelfTuningModule(nn.Linear(8, 3, dtype=torch.float64), "weight_decay")
+    trainer = BilevelTrainer(
+        stn, lambda output, target: output[:, None], train=DataLoader(DATA, 8, shuffle=True), valid=VALID
+    )
+    torch.manual_seed(0)
+    before = torch.get_rng_state(), stn.generator().get_state()
+    with pytest.raises(InputError, match="The loss returned shape"):
+        trainer.fit(2)
+    assert all(map(torch.equal, before, (torch.get_rng_state(), stn.generator().get_state())))
+
+
+class Streamed:
+    """Gives the same iterator again and again."""
+
+    def __init__(self, batches):
+        self.batches = iter(batches)
+
+    def __iter__(self):
+        return self.batches
+
+
+@pytest.mark.parametrize("part", ["train", "valid"])
+def test_a_loader_that_can_be_read_once_is_refused(part):
+    loaders = {"train": TRAIN, "valid": VALID}
+    with pytest.raises(InputError, match=f"{part}.* loader can be read once only"):
+        fit(**(loaders | {part: Streamed(loaders[part])}))
+
+
+def test_a_model_in_half_precision_is_refused():
+    stn = FakeSelfTuningModule(nn.Linear(8, 3).half(), "weight_decay")
+    half = [(x.half(), y) for x, y in TRAIN]
+    with pytest.raises(InputError, match=r"parameters are in float16.*autocast=torch\.bfloat16"):
+        BilevelTrainer(stn, train=half, valid=[(x.half(), y) for x, y in VALID]).fit(2)

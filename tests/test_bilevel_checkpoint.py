@@ -24,14 +24,17 @@ from stn_fx.bilevel import (
     Checkpoint,
     FixedHyperparameters,
     KeepBest,
+    LearningRateSchedule,
     Linearized,
     PerBatch,
     Terminated,
     UpdateOptions,
+    WeightAverage,
 )
 from stn_fx.bilevel.checkpoint_file import checkpoints_in, read_checkpoint, require_plain, write_checkpoint
 from stn_fx.bilevel.generators import Generators, generators_in
 from stn_fx.bilevel.reader import BatchReader
+from stn_fx.bilevel.schedules import cosine, linear
 from stn_fx.errors import CheckpointError, InputError
 
 TRAIN, VALID = classification_batches(0), classification_batches(1, examples=40)
@@ -213,7 +216,13 @@ def test_a_finished_run_resumes_to_its_end(tmp_path):
         ({"entropy_weight": 0.5}, {}, ["entropy weight is 0.001 in the checkpoint and 0.5 here"]),
         ({"base_optimizer": partial(SGD, lr=0.5)}, {}, ["optimizer base lr is 0.01 in the checkpoint and 0.5 here"]),
         ({"loss": summed}, {}, ["algorithm loss is cross_entropy in the checkpoint and summed here"]),
-        ({"layer": Scaled}, {}, ["module model is Linear in the checkpoint and Scaled here"]),
+        (
+            {"layer": Scaled},
+            {},
+            ["module model is Linear(in_features=8,", "and Scaled(in_features=8,"],
+        ),
+        ({"loss": nn.CrossEntropyLoss(label_smoothing=0.5)}, {}, ["CrossEntropyLoss(", "label_smoothing=0.5) here"]),
+        ({"loss": partial(F.cross_entropy, label_smoothing=0.5)}, {}, ["and cross_entropy(label_smoothing=0.5) here"]),
         ({}, {"epochs": 5, "warmup_epochs": 2}, ["epochs is 3 in", "and 5 here", "warmup_epochs is 1"]),
         ({}, {"callbacks": [KeepBest()]}, ["callback is [] in the checkpoint and ['KeepBest'] here"]),
     ],
@@ -244,6 +253,82 @@ def test_what_cannot_be_read_is_refused(tmp_path):
     (tmp_path / "step-1.pt").write_bytes(b"no checkpoint at all")
     with pytest.raises(CheckpointError, match="no checkpoint of stn_fx"):
         fake_trainer().fit(2, resume_from=tmp_path)
+
+
+def test_callbacks_of_other_settings_are_refused(tmp_path):
+    cases = [
+        (LearningRateSchedule(cosine), LearningRateSchedule(linear), "LearningRateSchedule(linear"),
+        (WeightAverage(0.9), WeightAverage(0.5), "WeightAverage(0.5)"),
+    ]
+    for number, (theirs, ours, difference) in enumerate(cases):
+        folder = tmp_path / str(number)
+        fake_trainer().fit(2, callbacks=[theirs, Checkpoint(folder)])
+        with pytest.raises(CheckpointError) as error:
+            fake_trainer().fit(2, callbacks=[ours], resume_from=folder)
+        assert difference in str(error.value)
+
+
+def damaged(path, change):
+    """Rewrite what is in a checkpoint."""
+    content = torch.load(path, weights_only=True)
+    torch.save(change(content), path)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda content: torch.ones(3), "identity or state is missing"),
+        (lambda content: {"identity": 3, "state": {}}, "identity or state is missing"),
+        (lambda content: content | {"state": {}}, "epoch is missing"),
+        (lambda content: content | {"state": content["state"] | {"generators": {}}}, "generators is missing"),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_refused_and_nothing_is_lost(tmp_path, change, reason):
+    fake_trainer().fit(4, callbacks=[Checkpoint(tmp_path, keep=3)])
+    first, *later = checkpoints_in(tmp_path)
+    damaged(first, change)
+    trainer = fake_trainer()
+    before = {name: p.clone() for name, p in trainer.stn.named_parameters()}
+    with pytest.raises(CheckpointError, match=reason):
+        trainer.fit(4, callbacks=[Checkpoint(tmp_path, keep=3)], resume_from=first)
+    assert checkpoints_in(tmp_path) == [first, *later]
+    assert all(torch.equal(p, before[name]) for name, p in trainer.stn.named_parameters())
+
+
+def test_a_flipped_bit_in_a_tensor_is_noticed(tmp_path):
+    fake_trainer().fit(2, callbacks=[Checkpoint(tmp_path, keep=1)])
+    (path,) = checkpoints_in(tmp_path)
+    weights = read_checkpoint(path)[1]["stn"]["model.weight"].numpy().tobytes()
+    content = bytearray(path.read_bytes())
+    content[content.index(weights) + 7] ^= 64
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="check sum"):
+        fake_trainer().fit(2, resume_from=tmp_path)
+
+
+class Fails(Callback):
+    def fit_started(self, trainer, epochs, result):
+        raise OSError("disk")
+
+
+def test_a_resumed_run_that_fails_at_its_start_loses_no_checkpoint(tmp_path):
+    fake_trainer().fit(4, callbacks=[Checkpoint(tmp_path, keep=3)])
+    before = checkpoints_in(tmp_path)
+    with pytest.raises(OSError, match="disk"):
+        fake_trainer().fit(4, callbacks=[Checkpoint(tmp_path, keep=3), Fails()], resume_from=before[0])
+    assert checkpoints_in(tmp_path) == before
+
+
+def test_a_run_that_is_resumed_elsewhere_leaves_the_checkpoints_of_another_alone(tmp_path):
+    for name in "ab":
+        fake_trainer().fit(4, callbacks=[Checkpoint(tmp_path / name, keep=3)])
+    before = checkpoints_in(tmp_path / "b")
+    early = checkpoints_in(tmp_path / "a")[0]
+    with pytest.raises(InputError, match="holds checkpoints of a run already"):
+        fake_trainer().fit(4, callbacks=[Checkpoint(tmp_path / "b")], resume_from=early)
+    assert checkpoints_in(tmp_path / "b") == before
+    fake_trainer().fit(4, callbacks=[Checkpoint(tmp_path / "c", keep=9)], resume_from=early)
+    assert [path.name for path in checkpoints_in(tmp_path / "c")] == [path.name for path in before[1:]]
 
 
 class Malicious:

@@ -252,6 +252,21 @@ GOOD = Trust(1.0, 0.1, 0.9, 0.1, 0.0, 1.0)
 EARLY = replace(GOOD, hypergradient=5.0)
 
 
+def recorded(trusts) -> FitResult:
+    """A run of one hyperparameter with these measurements."""
+    history = [EpochRecord(i, i, i, 1.0, 1.0, 1.0, None, 0.0, 0, {"x": t}) for i, t in enumerate(trusts)]
+    return FitResult([SchedulePoint(6, 6, 6, {"x": 0.1}, {"x": 0.01})], history)
+
+
+def test_noise_that_stands_out_in_one_of_many_epochs_is_no_sign() -> None:
+    """Of sixty epochs of noise three are beyond two standard errors; of one epoch, such a one is a sign."""
+    once = replace(GOOD, hypergradient=2.5, hypergradient_error=1.0)
+    for epochs, words in ((1, "Nothing speaks against it"), (60, "never stood out")):
+        quiet = [replace(GOOD, hypergradient=0.1 * (-1) ** e, hypergradient_error=1.0) for e in range(epochs - 1)]
+        (verdict,) = verdicts(recorded([once, *quiet, GOOD]))
+        assert words in verdict.words, epochs
+
+
 @pytest.mark.parametrize(
     ("last", "early", "words"),
     [
@@ -270,11 +285,7 @@ EARLY = replace(GOOD, hypergradient=5.0)
     ],
 )
 def test_the_verdict_names_the_reason(last, early, words):
-    history = [
-        EpochRecord(i, i, i, 1.0, 1.0, 1.0, None, 0.0, 0, {"x": t}) for i, t in enumerate([early] * 4 + [last] * 2)
-    ]
-    result = FitResult([SchedulePoint(6, 6, 6, {"x": 0.1}, {"x": 0.01})], history)
-    (verdict,) = verdicts(result)
+    (verdict,) = verdicts(recorded([early] * 4 + [last] * 2))
     assert words in verdict.words
     assert verdict.trusted == (words == "Nothing speaks against it")
 

@@ -14,6 +14,7 @@ import stn_fx
 from stn_fx.bilevel import (
     STN,
     BilevelTrainer,
+    Callback,
     DeltaSTN,
     EveryKth,
     FixedHyperparameters,
@@ -23,6 +24,7 @@ from stn_fx.bilevel import (
     PerBatch,
     PerExample,
     PerGroup,
+    UpdateOptions,
     WithoutLinearization,
 )
 from stn_fx.bilevel.replicas import Rows
@@ -399,3 +401,61 @@ def test_the_opposite_of_a_global_sample_lies_on_the_other_side_of_the_initial_v
     initial_H = torch.tensor([each.raw_initial() for each in space.resolved], dtype=torch.float64)
     middle_BH = (raw_BH + GlobalSampling(0.5).opposite(space, raw_BH)) / 2
     torch.testing.assert_close(middle_BH, initial_H.expand(6, 2))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+def test_stn_moves_both_uses_of_a_tied_weight():
+    """At hyperparameters away from the initial ones, by autograd through the model itself, one example at a time."""
+    torch.manual_seed(0)
+    model, x, y = Tied().double(), torch.randn(7, 6, dtype=torch.float64), torch.randint(3, (7,))
+    stn = stn_fx.transform(model, "label_smoothing", (x,), seed=0)
+    for parameter in stn.response_parameters():
+        parameter.data.copy_(0.3 * torch.randn_like(parameter))
+    centre_H = stn.hparams.raw.detach().clone()
+    raw_BH = centre_H + torch.randn(7, 1, dtype=torch.float64)
+    stn.hparams.raw.data.add_(0.7)
+    steps = STN(stn)
+    shifts = steps._from_centre()
+    weights = dict(model.named_parameters())
+    base = {name: w + shifts[name] - shifts[name].detach() if name in shifts else w for name, w in weights.items()}
+    loss = F.cross_entropy(stn.respond_in_training(x, raw=raw_BH, base=base), y)
+    learned = list(stn.response_parameters())
+    found = torch.autograd.grad(loss, learned)
+
+    constant = {name: w.detach() - shifts[name].detach() if name in shifts else w for name, w in weights.items()}
+    losses = []
+    for example in range(len(x)):
+        change = stn.weight_response(raw_BH[example] - centre_H)
+        moved = {name: v + change[name] if name in change else v for name, v in constant.items()}
+        output = torch.func.functional_call(model, moved, (x[example : example + 1],))
+        losses.append(F.cross_entropy(output, y[example : example + 1]))
+    expected = torch.autograd.grad(torch.stack(losses).mean(), learned)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_gradients_that_wait_for_others_are_dropped_before_another_fit():
+    """Else its first update would be of an old batch too, and its outer steps within the gathering of gradients."""
+    torch.manual_seed(0)
+    stn = wrapped()
+    data = [(torch.randn(8, 6).double(), torch.randint(3, (8,))) for _ in range(8)]
+    trainer = BilevelTrainer(stn, train=data[:4], valid=data[4:], updates=UpdateOptions(accumulate=3))
+    updaters = trainer.algorithm.updaters
+    trainer.fit(2, warmup_epochs=0, train_steps=1)
+    assert updaters["base"]._gathered == 2
+    seen = []
+
+    class Watch(Callback):
+        def inner_step_ended(self, trainer, epoch, record):
+            seen.append((updaters["base"]._gathered, updaters["response"]._gathered))
+
+    trainer.fit(1, warmup_epochs=0, train_steps=1, callbacks=[Watch()])
+    assert seen == [(1, 1), (2, 2), (0, 0), (1, 0)]

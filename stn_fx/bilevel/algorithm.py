@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -135,6 +136,20 @@ class Algorithm(ABC):
         """What a checkpoint of its runs must agree on, for people to read."""
         return {"class": type(self).__qualname__, "loss": self._loss_name, "updates": str(self.updates)}
 
+    def begin(self) -> None:
+        """Before a fit: forget gradients of batches that an earlier one left waiting for others.
+
+        Raises:
+            InputError: the model is in float16.
+        """
+        if self.stn.hparams.raw.dtype == torch.float16:
+            raise InputError(
+                "The model's parameters are in float16, whose range and steps are too small for updates. Train it in "
+                "float32, with UpdateOptions(autocast=torch.bfloat16) where it should be fast."
+            )
+        for updater in self.updaters.values():
+            updater.begin()
+
     def require_own_parameters(self) -> None:
         """InputError where an optimizer is not over the model's parameters any more, because one was replaced."""
         parameters = self._parameters_by_role()
@@ -230,7 +245,17 @@ def _name(loss: Any) -> str:
     """What tells two losses apart, without addresses in memory."""
     if isinstance(loss, Objective):
         return f"Objective({_name(loss.train)}, {_name(loss.valid) if loss.valid else 'the same'})"
+    if isinstance(loss, partial):
+        return f"{_name(loss.func)}({_settings(loss.keywords)})"
+    if isinstance(loss, nn.Module):
+        own = {name: value for name, value in vars(loss).items() if name != "training" and not name.startswith("_")}
+        return f"{type(loss).__qualname__}({_settings(own)})"
     return getattr(loss, "__qualname__", type(loss).__qualname__)
+
+
+def _settings(given: Mapping[str, Any]) -> str:
+    """Those that are plain values."""
+    return ", ".join(f"{name}={value}" for name, value in given.items() if isinstance(value, (bool, int, float, str)))
 
 
 def is_captured(stn: "SelfTuningModule") -> bool:

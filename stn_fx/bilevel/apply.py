@@ -190,6 +190,10 @@ class Updater:
             )
         return reason
 
+    def begin(self) -> None:
+        """Gather anew: what waits for further losses is dropped."""
+        self._gathered, self._spoilt = 0, None
+
     def _forget(self) -> None:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)

@@ -72,6 +72,10 @@ class Callback:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave; called after `fit_started`."""
 
+    def description(self) -> str:
+        """What a run and its checkpoint must agree on about this callback, for people to read."""
+        return type(self).__qualname__
+
     def has_state(self) -> bool:
         """Whether a resumed run needs anything of this callback: whether its class overrides `state_dict`."""
         return type(self).state_dict is not Callback.state_dict

@@ -45,7 +45,7 @@ class Checkpoint(Callback):
 
     def check(self, trainer: "BilevelTrainer", result: FitResult) -> None:
         place = folder_of(self.folder, trainer.algorithm.replicas)
-        if checkpoints_in(place) and not result.resumed_at and not self.overwrite:
+        if checkpoints_in(place) and not _is_in(result.resumed_from, place) and not self.overwrite:
             raise InputError(
                 f"{place} holds checkpoints of a run already. Resume it with resume_from={str(place)!r}, "
                 f"choose another folder, or allow it to be overwritten."
@@ -65,19 +65,30 @@ class Checkpoint(Callback):
         # Between two processes' writes of a step, the step before is the last that both have.
         self._kept = max(self.keep, min(2, replicas.count))
         self._place.mkdir(parents=True, exist_ok=True)
-        for half_written in self._place.glob(".step-*.pt"):
-            half_written.unlink()
-        resumed = checkpoint_path(self._place, result.resumed_at[-1]) if result.resumed_at else None
-        for path in checkpoints_in(self._place):
-            if resumed is None or path.name > resumed.name:  # of another run, or of what is done again
-                path.unlink()
+        self._goes_on_from = result.resumed_from
+        self._cleared = False
 
     def safe_point(self, trainer: "BilevelTrainer", point: SafePoint) -> None:
         if not self._checked:  # what cannot be stored is told after the first step, not after the first epoch
             require_plain(point.state())
             self._checked = True
+        if not self._cleared:  # not before the run has taken its first step: until then nothing may be lost
+            self._clear(point)
         due = self.every_steps is not None and point.inner_step % self.every_steps == 0
         if (due or point.epoch_ended or point.stopping) and point.healthy():
             write_checkpoint(checkpoint_path(self._place, point.inner_step), point.identity(), point.state())
             for old in checkpoints_in(self._place)[: -self._kept]:
                 old.unlink()
+
+    def _clear(self, point: SafePoint) -> None:
+        """Remove what is of another run, or of the steps that are done again."""
+        resumed, self._cleared = self._goes_on_from, True
+        for half_written in self._place.glob(".step-*.pt"):
+            half_written.unlink()
+        for path in checkpoints_in(self._place):
+            if resumed is None or not _is_in(resumed, self._place) or path.name > resumed.name:
+                path.unlink()
+
+
+def _is_in(path: Path | None, folder: Path) -> bool:
+    return path is not None and path.parent.resolve() == folder.resolve()

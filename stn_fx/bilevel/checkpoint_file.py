@@ -7,10 +7,10 @@ One file, written atomically by `torch.save` and read by `torch.load(weights_onl
      "state":    everything that training goes on from}
 """
 
+import zipfile
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -45,14 +45,18 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         CheckpointError: there is no such file, it is no checkpoint, or one of another version.
     """
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch does not look at the check sums
         content = torch.load(path, map_location="cpu", weights_only=True)
-        identity, state = content["identity"], content["state"]
     except OSError as error:
         raise CheckpointError(f"The checkpoint {path} cannot be read: {error.strerror}. Give another path.") from error
-    except (UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is no checkpoint of stn_fx, or a damaged one ({type(error).__name__}). Resume from another one."
-        ) from error
+    except Exception as error:  # what a damaged file makes of its reader is of any kind
+        raise _no_checkpoint(path, type(error).__name__) from error
+    if damaged is not None:
+        raise _no_checkpoint(path, f"the check sum of {damaged} is wrong")
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("identity", "state")):
+        raise _no_checkpoint(path, "identity or state is missing")
+    identity, state = content["identity"], content["state"]
     for key, ours in (("format", FORMAT), ("stn_fx", package_version())):
         if identity.get(key) != ours:
             raise CheckpointError(
@@ -60,6 +64,10 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 f"here. Install stn_fx {identity.get('stn_fx')} to resume it."
             )
     return identity, state
+
+
+def _no_checkpoint(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"{path} is no checkpoint of stn_fx, or a damaged one ({reason}). Resume from another one.")
 
 
 def require_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path) -> None:
@@ -76,6 +84,14 @@ def require_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path)
             + "\n  ".join(lines[:MAX_LINES] + more)
             + "\nResume with the same model, hyperparameters, optimizers and options, or begin a new run."
         )
+
+
+def require_whole(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path) -> None:
+    """CheckpointError where a part of the state that a run goes on from is not in its checkpoint."""
+    for name, part in ours.items():
+        found, keys = theirs.get(name), set(part) if isinstance(part, Mapping) else set()
+        if name not in theirs or (keys and not (isinstance(found, Mapping) and keys <= set(found))):
+            raise _no_checkpoint(path, f"{name} is missing, or not all of it is there")
 
 
 def latest_checkpoint(place: str | Path, replicas: Replicas | None = None) -> Path:

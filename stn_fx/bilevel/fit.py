@@ -12,13 +12,18 @@ import torch
 
 from stn_fx.bilevel.algorithm import device_of
 from stn_fx.bilevel.callbacks import Callback, SafePoint
-from stn_fx.bilevel.checkpoint_file import latest_checkpoint, read_checkpoint, require_same
+from stn_fx.bilevel.checkpoint_file import latest_checkpoint, read_checkpoint, require_same, require_whole
 from stn_fx.bilevel.diagnosis import diagnose
 from stn_fx.bilevel.epoch_trust import EpochTrust
 from stn_fx.bilevel.generators import Generators
 from stn_fx.bilevel.identity import run_identity
 from stn_fx.bilevel.interruption import Interruption, Terminated
-from stn_fx.bilevel.loader_checks import require_no_overlap, require_same_structure, require_usable_losses
+from stn_fx.bilevel.loader_checks import (
+    require_no_overlap,
+    require_repeatable,
+    require_same_structure,
+    require_usable_losses,
+)
 from stn_fx.bilevel.reader import BatchReader, beside_a_pass
 from stn_fx.bilevel.records import EpochRecord, FitResult, SchedulePoint
 from stn_fx.errors import DivergedError, InputError
@@ -27,6 +32,12 @@ if TYPE_CHECKING:
     from stn_fx.bilevel.trainer import BilevelTrainer
 
 Record = TypeVar("Record")
+
+PARTS = (
+    *("epoch", "inner", "outer", "losses", "response_losses", "skipped", "trust", "seconds", "result", "stn"),
+    *("other_buffers", "algorithm", "callbacks", "train", "valid", "generators"),
+)
+"""Of the state that a run goes on from."""
 
 
 class Fit:
@@ -72,13 +83,20 @@ class Fit:
     def run(self, resume_from: str | Path | None) -> FitResult:
         checkpoint = None if resume_from is None else latest_checkpoint(resume_from, self.algorithm.replicas)
         saved = None if checkpoint is None else read_checkpoint(checkpoint)
-        self._prepare()
+        before = self.generators.state()
+        try:
+            self._prepare()
+        except BaseException:
+            self.generators.restore(before)
+            raise
         if saved is None or checkpoint is None:
             self._record_schedule(0)
         else:
             require_same(saved[0], self.identity(), checkpoint)
+            require_whole(saved[1], dict.fromkeys(PARTS) | {"generators": before}, checkpoint)
             self.result = FitResult.from_json(saved[1]["result"])
             self.result.resumed_at.append(saved[1]["inner"])
+            self.result.resumed_from = checkpoint
         for callback in self.callbacks:
             callback.check(self.trainer, self.result)
         self.result.interrupted = True
@@ -107,12 +125,15 @@ class Fit:
         before = self.generators.state()
         contents = []
         for name, loader in (("training", self.trainer.train), ("validation", self.trainer.valid)):
-            contents.append(next(iter(beside_a_pass(loader)), None))
+            batches = iter(beside_a_pass(loader))
+            require_repeatable(loader, batches, name)
+            contents.append(next(batches, None))
             if contents[-1] is None:
                 raise InputError(f"The {name} loader is empty. Give it at least one batch (mind drop_last=True).")
         require_no_overlap(self.trainer.train, self.trainer.valid)
         require_same_structure(*(objective.batch(content, device).inputs for content in contents))
         train, valid = map(self.algorithm.prepare, contents)
+        self.algorithm.begin()
         self.algorithm.require_own_parameters()
         after = self.generators.state()
         with self.algorithm.precision():

@@ -38,7 +38,9 @@ def html_report(run: RecordedRun) -> str:
         InputError: no epoch of the run is finished.
     """
     require_history(run)
-    notes = trust_notes(run) or ["Nothing was found that speaks against it."]
+    notes = trust_notes(run)
+    if not notes and all(verdict.trusted for verdict in verdicts(run.result)):
+        notes = ["Nothing was found that speaks against it."]
     best = run.result.best
     assert best is not None, "there is an epoch"
     accuracy = "" if best.valid_accuracy is None else f", accuracy {100 * best.valid_accuracy:.1f} %"

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stn_fx.bilevel.algorithm import Algorithm
@@ -38,13 +38,19 @@ def run_identity(
         "hyperparameter": {
             name: {key: spec[key] for key in ("low", "high", "discrete")} for name, spec in specs.items()
         },
-        "module": {name or "model": type(module).__qualname__ for name, module in stn.model.named_modules()},
+        "module": {name or "model": _described(module) for name, module in stn.model.named_modules()},
         "algorithm": algorithm.description(),
         "optimizer": {role: _settings(each) for role, each in algorithm.optimizers.items()},
-        "callback": [type(each).__qualname__ for each in callbacks],
+        "callback": [each.description() for each in callbacks],
         "batches of the loader": {name: batches for name, batches in lengths.items() if batches is not None},
         "option": dict(options),
     }
+
+
+def _described(module: nn.Module) -> str:
+    """Class and what it shows of its settings."""
+    settings = module.extra_repr()
+    return type(module).__qualname__ + (f"({settings})" if settings else "")
 
 
 def _settings(optimizer: Optimizer) -> dict[str, Any]:

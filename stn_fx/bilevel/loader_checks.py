@@ -1,7 +1,7 @@
 """What loaders and loss must satisfy, found out on one batch of each before any training time is spent."""
 
 from bisect import bisect_right
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +31,17 @@ if TYPE_CHECKING:
     from stn_fx.transform import SelfTuningModule
 
 Examples = set[tuple[Hashable, int]]
+
+
+def require_repeatable(loader: Any, batches: Iterator[Any], name: str) -> None:
+    """InputError where a loader is, or hands out again and again, one iterator: that of these batches."""
+    if isinstance(loader, (DataLoader, list, tuple)):  # known to begin anew; asking starts workers
+        return
+    if batches is loader or batches is iter(loader):
+        raise InputError(
+            f"The {name} loader can be read once only, as a generator (each iter() gives the same iterator). Give a "
+            f"loader that begins anew at every iter(), such as a DataLoader."
+        )
 
 
 def require_same_structure(train: Inputs, valid: Inputs) -> None:

@@ -105,6 +105,11 @@ def _mean(loss: Any, hyperparameters: Mapping[str, Tensor]) -> Tensor:
     size = next((values_B.shape[0] for values_B in hyperparameters.values()), None)
     if not isinstance(loss, Tensor):
         raise InputError(f"The loss returned a {type(loss).__name__}, not a tensor of shape () or (B,).")
+    if not loss.is_floating_point():
+        raise InputError(
+            f"The loss is of {str(loss.dtype).removeprefix('torch.')}, as of classes or comparisons, so it does not "
+            f"depend on the model's output in a differentiable way. Compute it from the output with torch operations."
+        )
     if loss.ndim == 0 or (loss.ndim == 1 and size in (None, loss.shape[0])):
         return loss.mean()
     raise InputError(

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from stn_fx.bilevel.trust import Trust, trust_from_json
@@ -87,6 +88,7 @@ class FitResult:
         interrupted: whether training stopped before the last epoch.
         resumed_at: inner steps after which the run was taken up again from a checkpoint.
         skipped: updates that were not applied because loss or gradient was not finite.
+        resumed_from: the checkpoint that this fit has taken up; not stored.
     """
 
     schedule: list[SchedulePoint] = field(default_factory=list)
@@ -94,6 +96,7 @@ class FitResult:
     interrupted: bool = False
     resumed_at: list[int] = field(default_factory=list)
     skipped: int = 0
+    resumed_from: Path | None = field(default=None, compare=False)
 
     @property
     def values(self) -> dict[str, float]:
@@ -107,7 +110,9 @@ class FitResult:
 
     def to_json(self) -> str:
         """The whole result; numbers read back exactly."""
-        return json.dumps(asdict(self))
+        content = asdict(self)
+        del content["resumed_from"]
+        return json.dumps(content)
 
     @staticmethod
     def from_json(text: str) -> "FitResult":

@@ -42,6 +42,9 @@ class ResponseStep(ABC):
     def __call__(self, algorithm: "DeltaSTN", batch: Batch) -> Outcome | None:
         """Update; None where this batch is passed over."""
 
+    def begin(self) -> None:  # noqa: B027 (most ways count nothing)
+        """Before a run: the next inner step is the first."""
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain data."""
         return {}
@@ -133,6 +136,10 @@ class EveryKth(ResponseStep):
         self._passed += 1
         return self.step(algorithm, batch) if due else None
 
+    def begin(self) -> None:
+        self._passed = 0
+        self.step.begin()
+
     def state_dict(self) -> dict[str, Any]:
         return {"passed": self._passed, "step": self.step.state_dict()}
 
@@ -162,6 +169,9 @@ class OnFraction(ResponseStep):
         size = math.ceil(self.fraction * batch_size(algorithm.stn, batch))
         part = _first(batch, batch_size(algorithm.stn, batch), algorithm.stn.compiled.captured.batch_axes, size)
         return self.step(algorithm, replace(part, rows=algorithm.replicas.rows(size, algorithm.perturbations.device)))
+
+    def begin(self) -> None:
+        self.step.begin()
 
     def state_dict(self) -> dict[str, Any]:
         return self.step.state_dict()

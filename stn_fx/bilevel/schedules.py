@@ -58,6 +58,10 @@ class LearningRateSchedule(Callback):
         self.factory = factory
         self.followers = tuple(followers)
 
+    def description(self) -> str:
+        factory = getattr(self.factory, "__qualname__", repr(self.factory))
+        return f"LearningRateSchedule({factory}, followed by {', '.join(self.followers) or 'none'})"
+
     def fit_started(self, trainer: "BilevelTrainer", epochs: int, result: FitResult) -> None:
         batches = length_of(trainer.train)
         if batches is None:

@@ -73,6 +73,10 @@ class SharedForward(DeltaSTN):
         self.antithetic = antithetic
         self._passed = 0
 
+    def begin(self) -> None:
+        super().begin()
+        self._passed = 0
+
     def inner_step(self, content: Any) -> InnerRecord:
         """One update of the base parameters, and in every so many steps one of the response by the same forward."""
         batch = self.prepare(content)

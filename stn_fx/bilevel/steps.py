@@ -121,6 +121,10 @@ class DeltaSTN(Algorithm):
                 stacklevel=4,
             )
 
+    def begin(self) -> None:
+        super().begin()
+        self.response_step.begin()
+
     def inner_step(self, content: Any) -> InnerRecord:
         """One update of the base parameters, then one of the response parameters with fresh perturbations."""
         batch = self.prepare(content)

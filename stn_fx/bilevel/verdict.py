@@ -5,6 +5,7 @@ The thresholds are rules of thumb, in standard errors where there are any: a run
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 from stn_fx.bilevel.records import FitResult
 from stn_fx.bilevel.trust import COLLAPSED, Trust, pooled, ratio
@@ -89,7 +90,7 @@ def _against(end: Trust, last: list[Trust], tuned: list[Trust], scale: float) ->
             f"is exact, 1 no better than none). {LONGER if short else LOWER_RATE}."
         )
     signals = [ratio(each.hypergradient, each.hypergradient_error) or 0.0 for each in [end, pooled(tuned), *tuned]]
-    if max(map(abs, signals)) < SEEN:
+    if max(map(abs, signals[:2])) < SEEN and max(map(abs, signals[2:])) < _seen_once_in(len(tuned)):
         return (
             "Its hypergradient never stood out of the noise: the value is where chance has taken it. Use more "
             "validation data or a higher start; it may not matter."
@@ -99,6 +100,12 @@ def _against(end: Trust, last: list[Trust], tuned: list[Trust], scale: float) ->
     return None
 
 
+def _seen_once_in(epochs: int) -> float:
+    """Standard errors that noise reaches in one of so many epochs as seldom as it reaches `SEEN` in a single one."""
+    normal = NormalDist()
+    return -normal.inv_cdf(normal.cdf(-SEEN) / epochs)
+
+
 def _in_favour(end: Trust) -> str:
     error = f"response error {end.response_error:.2f}" if end.response_error is not None else "response not measured"
-    return f"Nothing speaks against it: {error}, and its hypergradient has settled."
+    return f"Nothing speaks against it: {error} over the last third of the epochs, and its hypergradient has settled."

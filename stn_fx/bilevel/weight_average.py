@@ -36,6 +36,9 @@ class WeightAverage(Callback):
         self.decay = decay
         self.evaluations: list[Evaluation] = []
 
+    def description(self) -> str:
+        return f"WeightAverage({self.decay})"
+
     def fit_started(self, trainer: "BilevelTrainer", epochs: int, result: FitResult) -> None:
         self._average = AveragedModel(trainer.stn.model, multi_avg_fn=get_ema_multi_avg_fn(self.decay))
         self._inner = 0

@@ -25,7 +25,7 @@ from stn_fx.compiler.augmentation_modules import whole_augmentation
 from stn_fx.compiler.casts import ambient_autocast, cast_explicitly
 from stn_fx.compiler.cells import expand_cells
 from stn_fx.compiler.failures import FailingPlace, failing_place, root_cause
-from stn_fx.compiler.functionalize import NO_GRAD, functionalize, module_path
+from stn_fx.compiler.functionalize import NO_GRAD, functionalize, module_path, writes_statistics
 from stn_fx.compiler.module_outputs import is_output_marker, marked_outputs, take_outputs
 from stn_fx.compiler.opaque_leaves import one_more, opaque_leaf
 from stn_fx.compiler.preconditions import require_output
@@ -335,7 +335,9 @@ def _to_captured(
     graph, updates = functionalize(graph, dict(signature.inputs_to_buffers))
     kept = set(updates.values())
     graph.eliminate_dead_code(
-        is_impure_node=lambda node: node.op in ("placeholder", "output") or node in kept or is_output_marker(node)
+        is_impure_node=lambda node: (
+            node.op in ("placeholder", "output") or node in kept or is_output_marker(node) or writes_statistics(node)
+        )
     )
     outputs = take_outputs(graph)
     placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}

@@ -39,6 +39,14 @@ def functionalize(graph: Graph, is_buffer: dict[str, str]) -> tuple[Graph, dict[
     return _Functionalizer(is_buffer).run(graph)
 
 
+def writes_statistics(node: Node) -> bool:
+    """Whether a norm updates running statistics: the one kind of node that has an effect beside its value."""
+    if node.target not in (aten.batch_norm.default, aten.instance_norm.default):
+        return False
+    # Of both: input, weight, bias, running_mean, running_var, and whether the batch's own statistics are taken.
+    return node.args[3] is not None and bool(node.args[5])
+
+
 class _Functionalizer:
     def __init__(self, is_buffer: dict[str, str]) -> None:
         self.is_buffer = is_buffer

@@ -23,13 +23,14 @@ from torch.utils import _pytree as pytree
 from stn_fx.compiler.capture import CapturedGraph
 from stn_fx.compiler.compose import compose, linear_operand, map_row_axis
 from stn_fx.compiler.forward_mode import lacks_forward_mode
-from stn_fx.compiler.functionalize import module_path
+from stn_fx.compiler.functionalize import module_path, writes_statistics
 from stn_fx.compiler.layouts import unit_size
 from stn_fx.compiler.plan import ParameterPlan, Plan, SitePlan
 from stn_fx.compiler.planner import AnalysedGraph
 from stn_fx.errors import InputError
 from stn_fx.rules import Registry, Rule
 from stn_fx.rules.activation_terms import activation_tap
+from stn_fx.rules.normalization import standardize
 from stn_fx.rules.per_example import per_example, per_example_tangent
 from stn_fx.rules.rule import Groups, Layout, StructuredChange
 from stn_fx.rules.structure import exact_change, row_scales
@@ -78,7 +79,9 @@ def rewrite(
 
 
 def _is_impure(node: Node) -> bool:
-    return node.op in ("placeholder", "output") or node.target is aten.copy_.default
+    if node.target is standardize and any(isinstance(option, Node) for option in node.args[2]):
+        return True  # the running statistics
+    return node.op in ("placeholder", "output") or node.target is aten.copy_.default or writes_statistics(node)
 
 
 class GraphEmitter:

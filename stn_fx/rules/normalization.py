@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
+from stn_fx.errors import InputError
 from stn_fx.rules.rule import REGISTRY, Emitter, Rule
 from stn_fx.rules.weighted import add_terms, aligned
 
@@ -130,9 +131,24 @@ def _like_rows(values_RC: Tensor, ndim: int) -> Tensor:
     return values_RC.reshape(*values_RC.shape, *(1,) * (ndim - 2))
 
 
+def several_values(x: Tensor) -> Tensor:
+    """``x``, unless a batch norm in training has a single value of each of its channels, and so no variance.
+
+    torch.nn.functional refuses it too, but outside of the operator that is captured.
+    """
+    if x.numel() <= x.shape[1]:
+        raise InputError(
+            f"A batch norm has one value only for each of its {x.shape[1]} channels in this batch (shape "
+            f"{tuple(x.shape)}): no variance to divide by. Train on larger batches, and leave out a last one that is "
+            f"too small (drop_last=True in the DataLoader)."
+        )
+    return x
+
+
 def standardize(kind: str, x: Tensor, options: list[Any]) -> tuple[Tensor, Tensor, Tensor]:
     """The norm without its affine part: (values, mean, 1/std); running statistics of a batch norm are updated."""
     if kind == "batch":
+        several_values(x)
         eps, momentum, running_mean, running_var = options
         return aten.native_batch_norm(x, None, None, running_mean, running_var, True, momentum, eps)
     if kind == "layer":
@@ -181,10 +197,17 @@ class _Norm(Rule):
     def _channel(self, emit: Emitter, node: Node) -> int:
         return self.channel_axis
 
+    def plain(self, emit: Emitter, node: Node, **replaced: Any) -> Node:
+        """The norm itself."""
+        return emit.copy(node, **replaced)
+
+    def base(self, emit: Emitter, node: Node) -> Node:
+        return self.plain(emit, node)
+
     def respond(self, emit: Emitter, node: Node) -> Node:
         weight, bias = self.changes(emit, node)
         if weight is None and bias is None and not emit.follows_statistics(node):
-            return emit.copy(node)
+            return self.plain(emit, node)
         plain = self._without_affine(emit, node)
         scale = weight if weight is not None else self._vector(emit, node, emit.argument(node, "weight"))
         shift = bias if bias is not None else self._vector(emit, node, emit.argument(node, "bias"))
@@ -192,7 +215,7 @@ class _Norm(Rule):
 
     def _without_affine(self, emit: Emitter, node: Node) -> Node:
         if not emit.follows_statistics(node):
-            return emit.copy(node, weight=None, bias=None)
+            return self.plain(emit, node, weight=None, bias=None)
         statistics = [emit.value(emit.argument(node, n)) for n in ("running_mean", "running_var")]
         eps = emit.argument(node, "eps", 1e-5)
         told = _told_groups(emit, node)
@@ -232,6 +255,11 @@ class BatchNormRule(_Norm):
     name = "batch norm"
     kind = "batch"
     targets = (aten.batch_norm.default,)
+
+    def plain(self, emit: Emitter, node: Node, **replaced: Any) -> Node:
+        if emit.argument(node, "training"):
+            replaced["input"] = emit.call(several_values, emit.value(node.args[0]))
+        return emit.copy(node, **replaced)
 
     def options(self, emit: Emitter, node: Node) -> tuple[list[Any], list[Any]]:
         eps = emit.argument(node, "eps", 1e-5)
@@ -303,29 +331,19 @@ class _Following(torch.autograd.Function):
         def means(each_RC: Tensor) -> Tensor:
             return _means_of_groups(each_RC, *ctx.groups) if ctx.groups else each_RC.mean(0, keepdim=True)
 
-        # The variance by those of rows and the spread of their means: without a difference of squares.
-        variance_RC, mean_RC = _row_variances(x)
+        mean_RC, row_mean_dy_RC = _row_means(x), _row_means(dy)
         if ctx.over_batch:
-            centre_RC = means(mean_RC)
-            variance_RC = means(variance_RC + (mean_RC - centre_RC).square())
-            mean_RC = centre_RC
-        r, mean_dy_RC = torch.rsqrt(running_var + ctx.eps), means(_row_means(dy))
-        mean_ydy_RC = r * (means(_row_means(x, dy)) - running_mean * mean_dy_RC)
-        share_RC = mean_ydy_RC * r.square() * running_var / (means(variance_RC) + ctx.eps)
-        constant, slope = (_like_rows(each, x.ndim) for each in (mean_RC * share_RC - r * mean_dy_RC, -share_RC))
-        change = torch.addcmul(constant, x, slope).addcmul_(dy, per_channel(r, x.ndim))
+            mean_RC = means(mean_RC)
+        # Only centred values are multiplied: the share is large where the variance is small, as in a group of one
+        # example, and would bring out what rounding leaves of the mean.
+        centred = x - _like_rows(mean_RC, x.ndim)
+        variance_RC = means(_row_means(centred, centred))
+        r, mean_dy_RC = torch.rsqrt(running_var + ctx.eps), means(row_mean_dy_RC)
+        mean_ydy_RC = r * means(_row_means(centred, dy) + (mean_RC - running_mean) * row_mean_dy_RC)
+        share_RC = mean_ydy_RC * r.square() * running_var / (variance_RC + ctx.eps)
+        constant, slope = (_like_rows(each, x.ndim) for each in (-r * mean_dy_RC, -share_RC))
+        change = torch.addcmul(constant, centred, slope).addcmul_(dy, per_channel(r, x.ndim))
         return change.to(gradient.dtype), None, None, None, None, None
-
-
-def _row_variances(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Variances and means over all positions of every row: (rows, C)."""
-    if x.ndim == 2:
-        return torch.zeros_like(x), x
-    # On a CPU var_mean takes six times as long as these.
-    x = x.flatten(2)
-    means = x.mean(2)
-    centred = x - means.unsqueeze(2)
-    return torch.linalg.vecdot(centred, centred) / x.shape[2], means
 
 
 def inference_scale(variance: Tensor, weight: Tensor | None, eps: float, ndim: int) -> Tensor:
