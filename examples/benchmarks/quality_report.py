@@ -17,6 +17,7 @@ from typing import Any
 
 import matplotlib as mpl
 from quality_methods import METHODS, SEARCHES, START_UP_TRIALS, TRIALS, TUNING_BUDGET
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -225,13 +226,18 @@ def _draw_trajectories(path: Path, chains: list[Chain]) -> None:
 
 
 def _print(rows: list[dict[str, Any]], console: Console) -> None:
-    table = Table(title="means and standard errors over the seeds", title_justify="left")
+    title = "means and standard errors over the seeds"
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
     for column in ("task", "method", "start", "plain runs", "seeds", "valid loss", "test loss", "test accuracy"):
         table.add_column(column, justify="left" if column in ("task", "method", "start") else "right")
     for row in rows:
-        cells = [f"{row[key]:.4f} ± {row[f'{key}_error']:.4f}" for key in ("valid_loss", "test_loss", "test_accuracy")]
+        cells = [_with_error(row[key], row[f"{key}_error"]) for key in ("valid_loss", "test_loss", "test_accuracy")]
         table.add_row(row["task"], row["method"], row["start"], f"{row['plain_runs']:g}", str(row["seeds"]), *cells)
     console.print(table)
+
+
+def _with_error(value: float, error: float) -> str:
+    return f"{value:.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}")
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
