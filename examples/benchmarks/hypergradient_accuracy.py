@@ -81,7 +81,7 @@ class Way:
 
 
 WAYS = {
-    "default": Way(responses=4),
+    "default": Way(responses=8),
     "single perturbations": Way(every=1, antithetic=False),
     "every eighth step": Way(every=8),
     "a third of the rate": Way(rate=1 / 3),

@@ -126,13 +126,15 @@ TUNERS: dict[str, Callable[[Task, Costs], Way]] = {
 }
 """All starts for the first, the published one for the others."""
 
+HALF_BATCH: dict[str, Any] = {"step": EveryKth(OnFraction(Linearized(), 0.5), EVERY), "passes": 1 / EVERY}
+
 VARIANTS: dict[str, Callable[[Task, Costs], Way]] = {
     "double_backward": _double_backward,
     "papers": partial(_delta_stn, step=Linearized(antithetic=False), passes=1),
     "every_second": partial(_delta_stn, step=EveryKth(Linearized(), 2), passes=1),
     "every_eighth": partial(_delta_stn, step=EveryKth(Linearized(), 8), passes=0.25),
-    "cheap": partial(_delta_stn, step=EveryKth(Linearized(), 8), passes=0.25, train_steps=10),
-    "half_batch": partial(_delta_stn, step=EveryKth(OnFraction(Linearized(), 0.5), EVERY), passes=1 / EVERY),
+    "half_batch": partial(_delta_stn, **HALF_BATCH),
+    "cheap": partial(_delta_stn, **HALF_BATCH, train_steps=10),
     **{form: partial(_delta_stn, kind=form) for form in ("low_rank", "two_terms")},
     "shared_forward": _shared_forward,
     **{f"train_steps_{steps}": partial(_delta_stn, train_steps=steps) for steps in (1, 5, 10)},
