@@ -267,6 +267,36 @@ class Streamed:
         return self.batches
 
 
+class Cursor:
+    """One iterator that begins anew in place, as that of a DataLoader with persistent workers."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if not self.left:
+            raise StopIteration
+        return self.left.pop(0)
+
+
+class BeganAnew:
+    def __init__(self, batches):
+        self.cursor = Cursor(batches)
+
+    def __iter__(self):
+        self.cursor.left = list(self.cursor.batches)
+        return self.cursor
+
+
+def test_a_loader_whose_iterator_begins_anew_is_no_such_loader():
+    stn = FakeSelfTuningModule(nn.Linear(8, 3, dtype=torch.float64), "weight_decay")
+    result = BilevelTrainer(stn, train=BeganAnew(TRAIN), valid=VALID).fit(2, warmup_epochs=1)
+    assert [record.inner_step for record in result.history] == [len(TRAIN), 2 * len(TRAIN)]
+
+
 @pytest.mark.parametrize("part", ["train", "valid"])
 def test_a_loader_that_can_be_read_once_is_refused(part):
     loaders = {"train": TRAIN, "valid": VALID}

@@ -34,10 +34,9 @@ Examples = set[tuple[Hashable, int]]
 
 
 def require_repeatable(loader: Any, batches: Iterator[Any], name: str) -> None:
-    """InputError where a loader is, or hands out again and again, one iterator: that of these batches."""
-    if isinstance(loader, (DataLoader, list, tuple)):  # known to begin anew; asking starts workers
-        return
-    if batches is loader or batches is iter(loader):
+    """InputError where a loader hands out one iterator again and again, that of these batches, which has an end."""
+    # Others may begin anew in place, as that of a DataLoader with persistent workers does; asking them starts workers.
+    if type(batches).__module__ in ("builtins", "itertools") and batches is iter(loader):
         raise InputError(
             f"The {name} loader can be read once only, as a generator (each iter() gives the same iterator). Give a "
             f"loader that begins anew at every iter(), such as a DataLoader."
