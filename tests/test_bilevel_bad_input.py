@@ -238,7 +238,8 @@ def test_the_checks_leave_the_run_as_it_would_be():
             trainer = BilevelTrainer(stn, train=TRAIN, valid=VALID)
             from stn_fx.bilevel.fit import Fit
 
-            Fit(trainer, 1, 0, 5, 1, ())._prepare()
+            fit = Fit(trainer, 1, 0, 5, 1, ())
+            fit._prepare(fit.generators.state())
         assert not model[1].num_batches_tracked
         return stn.generator().get_state()
 
@@ -308,4 +309,4 @@ def test_a_model_in_half_precision_is_refused():
     stn = FakeSelfTuningModule(nn.Linear(8, 3).half(), "weight_decay")
     half = [(x.half(), y) for x, y in TRAIN]
     with pytest.raises(InputError, match=r"parameters are in float16.*autocast=torch\.bfloat16"):
-        BilevelTrainer(stn, train=half, valid=[(x.half(), y) for x, y in VALID]).fit(2)
+        BilevelTrainer(stn, train=half, valid=half[:1])

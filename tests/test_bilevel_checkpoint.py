@@ -32,6 +32,7 @@ from stn_fx.bilevel import (
     WeightAverage,
 )
 from stn_fx.bilevel.checkpoint_file import checkpoints_in, read_checkpoint, require_plain, write_checkpoint
+from stn_fx.bilevel.fit import PARTS
 from stn_fx.bilevel.generators import Generators, generators_in
 from stn_fx.bilevel.reader import BatchReader
 from stn_fx.bilevel.schedules import cosine, linear
@@ -219,7 +220,7 @@ def test_a_finished_run_resumes_to_its_end(tmp_path):
         (
             {"layer": Scaled},
             {},
-            ["module model is Linear(in_features=8,", "and Scaled(in_features=8,"],
+            ["module model is Linear(in_features=8,", "and Scaled here"],
         ),
         ({"loss": nn.CrossEntropyLoss(label_smoothing=0.5)}, {}, ["CrossEntropyLoss(", "label_smoothing=0.5) here"]),
         ({"loss": partial(F.cross_entropy, label_smoothing=0.5)}, {}, ["and cross_entropy(label_smoothing=0.5) here"]),
@@ -266,6 +267,21 @@ def test_callbacks_of_other_settings_are_refused(tmp_path):
         with pytest.raises(CheckpointError) as error:
             fake_trainer().fit(2, callbacks=[ours], resume_from=folder)
         assert difference in str(error.value)
+
+
+def decaying(optimizer, steps, gamma):
+    return torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma)
+
+
+def test_what_identifies_a_run_is_the_same_in_another_process():
+    """No addresses in memory, by which a run would be refused its own checkpoint."""
+    schedule = LearningRateSchedule(partial(decaying, gamma=0.9)).description()
+    assert schedule == "LearningRateSchedule(decaying(gamma=0.9), followed by hyper, scale)"
+
+
+def test_the_parts_that_a_checkpoint_must_have_are_those_that_it_has(tmp_path):
+    fake_trainer().fit(2, callbacks=[Checkpoint(tmp_path)])
+    assert set(read_checkpoint(checkpoints_in(tmp_path)[-1])[1]) == set(PARTS)
 
 
 def damaged(path, change):

@@ -218,7 +218,7 @@ def test_a_sequence_first_output_as_long_as_its_batch_is_left_out():
     assert measure(DeltaSTN(stn, loss), (x, y), (x, y), 0)["weight_decay"].response_error is None
 
 
-def test_it_is_in_the_files_the_picture_and_the_page(tmp_path):
+def test_it_is_in_the_files_the_picture_and_the_page(tmp_path, monkeypatch):
     _, result = trained(True, callbacks=[RunFolder(tmp_path)])
     recorded = read_run(tmp_path)
     assert recorded.result.history == result.history
@@ -233,6 +233,9 @@ def test_it_is_in_the_files_the_picture_and_the_page(tmp_path):
     page = html_report(recorded)
     assert "trust it?" in page
     assert all(each.name in page and each.words.split(".")[0][:20] in page for each in verdicts(result))
+    assert not all(each.trusted for each in verdicts(result))
+    monkeypatch.setattr("stn_fx.bilevel.html_report.trust_notes", lambda run: [])
+    assert "Nothing was found that speaks against it" not in html_report(recorded)
     assert FitResult.from_json(result.to_json()).history == result.history
 
 

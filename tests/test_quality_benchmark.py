@@ -1,6 +1,7 @@
 """The long benchmark `examples/benchmarks/quality.py` on a task of seconds: budgets, resumption, the report."""
 
 import csv
+import inspect
 import json
 import sys
 from dataclasses import replace
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 from torch import nn
+
+from stn_fx.bilevel import BilevelTrainer
 
 optuna = pytest.importorskip("optuna", reason="the searches of the benchmark need optuna (extra `benchmarks`)")
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
@@ -146,3 +149,8 @@ def test_costs_are_measured_for_everything_that_is_computed_from_them(data):
     assert inner["papers"] == inner["every_second"] == COSTS["delta_stn"].inner
     assert inner["every_second"] - 1 == 2 * (inner["delta_stn"] - 1) == 4 * (inner["every_eighth"] - 1)
     assert inner["half_batch"] == inner["every_eighth"] < inner["low_rank"] < inner["delta_stn"] < inner["stn"]
+
+
+def test_the_method_of_the_defaults_has_them() -> None:
+    parameters = inspect.signature(BilevelTrainer.fit).parameters
+    assert TUNERS["defaults"](FASHION, COSTS).train_steps == parameters["train_steps"].default

@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from stn_fx.arguments import described
 from stn_fx.bilevel.apply import Outcome, UpdateOptions, Updater
 from stn_fx.bilevel.batch import Batch, batch_size
 from stn_fx.bilevel.objective import Loss, Objective, as_objective
@@ -79,8 +79,8 @@ class Algorithm(ABC):
         updates: accumulation, clipping, autocast, and what is done about losses that are not finite.
 
     Raises:
-        InputError: the wrapped model is in a DistributedDataParallel; or an optimizer does not fit its group, which is
-            known here where the model is captured already, else at the first step.
+        InputError: the wrapped model is in a DistributedDataParallel; or it is in float16, or an optimizer does not fit
+            its group, which is known here where the model is captured already, else at the first step.
 
     Attributes:
         tunes: whether outer steps move the hyperparameters.
@@ -137,16 +137,7 @@ class Algorithm(ABC):
         return {"class": type(self).__qualname__, "loss": self._loss_name, "updates": str(self.updates)}
 
     def begin(self) -> None:
-        """Before a fit: forget gradients of batches that an earlier one left waiting for others.
-
-        Raises:
-            InputError: the model is in float16.
-        """
-        if self.stn.hparams.raw.dtype == torch.float16:
-            raise InputError(
-                "The model's parameters are in float16, whose range and steps are too small for updates. Train it in "
-                "float32, with UpdateOptions(autocast=torch.bfloat16) where it should be fast."
-            )
+        """Before a fit: forget gradients of batches that an earlier one left waiting for others."""
         for updater in self.updaters.values():
             updater.begin()
 
@@ -201,6 +192,11 @@ class Algorithm(ABC):
         return replace(batch, rows=rows)
 
     def _build_optimizers(self) -> None:
+        if self.stn.hparams.raw.dtype == torch.float16:
+            raise InputError(
+                "The model's parameters are in float16, whose range and steps are too small for updates. Train it in "
+                "float32, with UpdateOptions(autocast=torch.bfloat16) where it should be fast."
+            )
         parameters = self._parameters_by_role()
         decay_is_tuned = any(each.entry == "weight_decay" for each in self.stn.hparams.resolved)
         self.optimizers = {
@@ -245,17 +241,7 @@ def _name(loss: Any) -> str:
     """What tells two losses apart, without addresses in memory."""
     if isinstance(loss, Objective):
         return f"Objective({_name(loss.train)}, {_name(loss.valid) if loss.valid else 'the same'})"
-    if isinstance(loss, partial):
-        return f"{_name(loss.func)}({_settings(loss.keywords)})"
-    if isinstance(loss, nn.Module):
-        own = {name: value for name, value in vars(loss).items() if name != "training" and not name.startswith("_")}
-        return f"{type(loss).__qualname__}({_settings(own)})"
-    return getattr(loss, "__qualname__", type(loss).__qualname__)
-
-
-def _settings(given: Mapping[str, Any]) -> str:
-    """Those that are plain values."""
-    return ", ".join(f"{name}={value}" for name, value in given.items() if isinstance(value, (bool, int, float, str)))
+    return described(loss)
 
 
 def is_captured(stn: "SelfTuningModule") -> bool:

@@ -15,7 +15,7 @@ from stn_fx.bilevel.callbacks import Callback, SafePoint
 from stn_fx.bilevel.checkpoint_file import latest_checkpoint, read_checkpoint, require_same, require_whole
 from stn_fx.bilevel.diagnosis import diagnose
 from stn_fx.bilevel.epoch_trust import EpochTrust
-from stn_fx.bilevel.generators import Generators
+from stn_fx.bilevel.generators import Generators, State
 from stn_fx.bilevel.identity import run_identity
 from stn_fx.bilevel.interruption import Interruption, Terminated
 from stn_fx.bilevel.loader_checks import (
@@ -85,7 +85,7 @@ class Fit:
         saved = None if checkpoint is None else read_checkpoint(checkpoint)
         before = self.generators.state()
         try:
-            self._prepare()
+            self._prepare(before)
         except BaseException:
             self.generators.restore(before)
             raise
@@ -119,10 +119,13 @@ class Fit:
                 )
         return self.result
 
-    def _prepare(self) -> None:
-        """Find out on one batch of each loader whether everything fits, before any training time is spent."""
+    def _prepare(self, before: State) -> None:
+        """Find out on one batch of each loader whether everything fits, before any training time is spent.
+
+        Args:
+            before: the state of all generators, which is that afterwards.
+        """
         objective, device = self.algorithm.objective, device_of(self.trainer.stn)
-        before = self.generators.state()
         contents = []
         for name, loader in (("training", self.trainer.train), ("validation", self.trainer.valid)):
             batches = iter(beside_a_pass(loader))

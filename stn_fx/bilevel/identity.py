@@ -48,8 +48,8 @@ def run_identity(
 
 
 def _described(module: nn.Module) -> str:
-    """Class and what it shows of its settings."""
-    settings = module.extra_repr()
+    """Class, and of torch's own what it shows of its settings; others may show what changes in training."""
+    settings = module.extra_repr() if type(module).__module__.startswith("torch.nn.") else ""
     return type(module).__qualname__ + (f"({settings})" if settings else "")
 
 

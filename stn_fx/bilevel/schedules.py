@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, ReduceLROnPlateau, SequentialLR
 
+from stn_fx.arguments import described
 from stn_fx.bilevel.algorithm import InnerRecord
 from stn_fx.bilevel.callbacks import Callback
 from stn_fx.bilevel.optimizers import Role
@@ -59,8 +60,7 @@ class LearningRateSchedule(Callback):
         self.followers = tuple(followers)
 
     def description(self) -> str:
-        factory = getattr(self.factory, "__qualname__", repr(self.factory))
-        return f"LearningRateSchedule({factory}, followed by {', '.join(self.followers) or 'none'})"
+        return f"LearningRateSchedule({described(self.factory)}, followed by {', '.join(self.followers) or 'none'})"
 
     def fit_started(self, trainer: "BilevelTrainer", epochs: int, result: FitResult) -> None:
         batches = length_of(trainer.train)

@@ -39,12 +39,15 @@ def functionalize(graph: Graph, is_buffer: dict[str, str]) -> tuple[Graph, dict[
     return _Functionalizer(is_buffer).run(graph)
 
 
+def takes_own_statistics(node: Node) -> bool:
+    """Whether a norm standardizes by the statistics of its input, and writes running ones where it has them."""
+    # Of both: input, weight, bias, running_mean, running_var, and whether the input's own statistics are taken.
+    return node.target in (aten.batch_norm.default, aten.instance_norm.default) and bool(node.args[5])
+
+
 def writes_statistics(node: Node) -> bool:
     """Whether a norm updates running statistics: the one kind of node that has an effect beside its value."""
-    if node.target not in (aten.batch_norm.default, aten.instance_norm.default):
-        return False
-    # Of both: input, weight, bias, running_mean, running_var, and whether the batch's own statistics are taken.
-    return node.args[3] is not None and bool(node.args[5])
+    return takes_own_statistics(node) and node.args[3] is not None
 
 
 class _Functionalizer:

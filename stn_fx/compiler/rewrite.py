@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from stn_fx.compiler.capture import CapturedGraph
 from stn_fx.compiler.compose import compose, linear_operand, map_row_axis
 from stn_fx.compiler.forward_mode import lacks_forward_mode
-from stn_fx.compiler.functionalize import module_path, writes_statistics
+from stn_fx.compiler.functionalize import module_path, takes_own_statistics, writes_statistics
 from stn_fx.compiler.layouts import unit_size
 from stn_fx.compiler.plan import ParameterPlan, Plan, SitePlan
 from stn_fx.compiler.planner import AnalysedGraph
@@ -43,8 +43,6 @@ _CONSTANT = {
     aten.new_full.default, aten.new_empty.default, aten.bernoulli.default, aten.bernoulli.p,
 }  # fmt: skip
 """Their values do not change with those of their inputs; asked for a derivative, the random ones would draw again."""
-_TRACKING: dict[Any, str] = {aten.batch_norm.default: "training", aten.instance_norm.default: "use_input_stats"}
-"""Operators that write running statistics, and the argument that lets them."""
 _PARTS = {"row-wise": ("U", "V"), "low-rank": ("A", "B", "V")}
 SIGNATURE = ("state", "response", "values", "delta", "draws")
 
@@ -368,7 +366,7 @@ class GraphEmitter:
         return self.call(operator.getitem, source, index)
 
     def copy(self, node: Node, /, **replaced: Any) -> Node:
-        if not self.updates_buffers and _tracks(node):
+        if not self.updates_buffers and takes_own_statistics(node):
             replaced = {"running_mean": None, "running_var": None} | replaced
         arguments, options = self._call_arguments(node)
         names = _argument_names(node)
@@ -452,19 +450,14 @@ class GraphEmitter:
 
 def trained_statistics(captured: CapturedGraph) -> set[str]:
     """Qualified names of the buffers that a training graph updates; of norms' statistics the mean stands for both."""
-    tracked = {_name_of_statistics(captured, node) for node in captured.graph.nodes if _tracks(node)}
+    tracked = {_name_of_statistics(captured, node) for node in captured.graph.nodes if takes_own_statistics(node)}
     return {*captured.buffer_updates, *(name for name in tracked if name)}
 
 
 def takes_batch_statistics(captured: CapturedGraph) -> bool:
     """Whether a norm standardizes by the statistics of the batch."""
-    nodes = (node for node in captured.graph.nodes if node.target is aten.batch_norm.default)
-    return any(_argument(node, _TRACKING[node.target]) for node in nodes)
-
-
-def _tracks(node: Node) -> bool:
-    """Whether the call writes running statistics, and needs none."""
-    return node.target in _TRACKING and bool(_argument(node, _TRACKING[node.target]))
+    norms = (node for node in captured.graph.nodes if node.target is aten.batch_norm.default)
+    return any(map(takes_own_statistics, norms))
 
 
 def _name_of_statistics(captured: CapturedGraph, node: Node) -> str | None:
