@@ -23,7 +23,8 @@ from stn_fx.bilevel import (
 )
 from stn_fx.bilevel.atomic import write_atomically
 from stn_fx.bilevel.checkpoint_file import checkpoints_in
-from stn_fx.bilevel.steps import ENTROPY_WEIGHT, RESPONSE_EVERY
+from stn_fx.bilevel.response_step import EVERY, FRACTION, LEAST
+from stn_fx.bilevel.steps import ENTROPY_WEIGHT
 from stn_fx.errors import InputError
 
 from .options import RESPONSE_HELP, OptimizerName, ScheduleName
@@ -108,9 +109,19 @@ def tune(
     response: Annotated[str, typer.Option(rich_help_panel=TUNING, help=RESPONSE_HELP)] = "rowwise",
     response_every: Annotated[
         int, typer.Option(min=1, rich_help_panel=TUNING, help="The response learns in every so many updates.")
-    ] = RESPONSE_EVERY,
+    ] = EVERY,
+    response_fraction: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            rich_help_panel=TUNING,
+            help=f"From this share of the batch, but at least {LEAST} examples: 1 = all.",
+        ),
+    ] = FRACTION,
     warmup: Annotated[
-        int | None, typer.Option(min=0, rich_help_panel=TUNING, help="Epochs before tuning begins; else two fifths.")
+        int | None,
+        typer.Option(min=0, rich_help_panel=TUNING, help="Epochs before tuning begins; else a fifth to two fifths."),
     ] = None,
     train_steps: Annotated[
         int, typer.Option(min=1, rich_help_panel=TUNING, help="Training updates between rounds of tuning.")

@@ -13,7 +13,7 @@ from torch.optim import RMSprop
 from stn_fx.bilevel.apply import UpdateOptions
 from stn_fx.bilevel.atomic import write_atomically
 from stn_fx.bilevel.comparison import Recipe
-from stn_fx.bilevel.response_step import EveryKth, Linearized
+from stn_fx.bilevel.response_step import EVERY, FRACTION, usual_step
 from stn_fx.data.sources import DIGITS
 from stn_fx.errors import InputError
 from stn_fx.model_reference import path_of
@@ -59,7 +59,8 @@ class TuneOptions:
     keep: int = 2
     tensorboard: bool = False
     trust: bool = True
-    response_every: int = 2
+    response_every: int = EVERY
+    response_fraction: float = FRACTION
 
     @staticmethod
     def of(values: Mapping[str, Any]) -> "TuneOptions":
@@ -113,7 +114,7 @@ class TuneOptions:
                 "response_optimizer": partial(OPTIMIZERS[self.optimizer], lr=response_lr),
                 "hyper_optimizer": partial(RMSprop, lr=self.hyper_lr),
                 "scale_optimizer": partial(RMSprop, lr=self.hyper_lr),
-                "response_step": EveryKth(Linearized(), self.response_every),
+                "response_step": usual_step(self.response_every, self.response_fraction),
                 "entropy_weight": self.entropy_weight,
                 "updates": UpdateOptions(
                     accumulate=self.accumulate,

@@ -1,6 +1,7 @@
 """A run by one or several processes: `torchrun --nproc-per-node N replicated_run.py FOLDER ALGORITHM` leaves its end.
 
-Every process has its share of each batch; of the odd last one the shares differ.
+Every process has its share of each batch; of the odd last one the shares differ, but for `OnFraction`, which is the
+same for any number of processes only where the shares are even.
 """
 
 import sys
@@ -32,8 +33,13 @@ def main(folder, algorithm="DeltaSTN", epochs=3):
     stn = stn_fx.transform(
         model, "weight_decay,label_smoothing", (torch.randn(4, 6).double(),), seed=3 + rank
     )  # so does its seed
-    train, valid = (batches(seed, count, rank, processes) for seed, count in ((0, 37), (1, 16)))
-    trainer = BilevelTrainer(stn, train=train, valid=valid, algorithm=getattr(bilevel, algorithm)(stn))
+    in_part = algorithm == "OnFraction"
+    train, valid = (batches(seed, count, rank, processes) for seed, count in ((0, 36 if in_part else 37), (1, 16)))
+    if in_part:
+        trained = bilevel.DeltaSTN(stn, response_step=bilevel.OnFraction(bilevel.Linearized(), 0.5))
+    else:
+        trained = getattr(bilevel, algorithm)(stn)
+    trainer = BilevelTrainer(stn, train=train, valid=valid, algorithm=trained)
     callbacks = [RunFolder(folder / "run", overwrite=True), Checkpoint(folder / "checkpoints")]
     resume = folder / "checkpoints" if checkpoints_in(folder / "checkpoints") else None
     result = trainer.fit(epochs, warmup_epochs=1, train_steps=2, callbacks=callbacks, resume_from=resume)

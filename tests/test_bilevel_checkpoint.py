@@ -211,7 +211,11 @@ def test_a_finished_run_resumes_to_its_end(tmp_path):
             {},
             ["class is DeltaSTN", "only in the checkpoint: optimizer hyper"],
         ),
-        ({"response_step": Linearized(antithetic=False)}, {}, ["EveryKth(Linearized(antithetic=True), 2)"]),
+        (
+            {"response_step": Linearized(antithetic=False)},
+            {},
+            ["EveryKth(OnFraction(Linearized(antithetic=True), 0.5, least=32), 4)"],
+        ),
         ({"sampling": PerBatch()}, {}, ["sampling is PerExample() in the checkpoint and PerBatch() here"]),
         ({"updates": UpdateOptions(clip_norm=1.0)}, {}, ["clip_norm=None", "clip_norm=1.0"]),
         ({"entropy_weight": 0.5}, {}, ["entropy weight is 0.001 in the checkpoint and 0.5 here"]),

@@ -30,7 +30,7 @@ def torchrun(folder, processes, algorithm="DeltaSTN"):
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("algorithm", ["DeltaSTN", "SharedForward", "STN"])
+@pytest.mark.parametrize("algorithm", ["DeltaSTN", "OnFraction", "SharedForward", "STN"])
 def test_two_processes_make_the_updates_of_one(tmp_path, algorithm):
     (one,), two = torchrun(tmp_path / "one", 1, algorithm), torchrun(tmp_path / "two", 2, algorithm)
     for each in two:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, RMSprop
 
 import stn_fx
-from stn_fx.bilevel import DeltaSTN, FixedHyperparameters, Linearized, Objective, UpdateOptions
+from stn_fx.bilevel import DeltaSTN, EveryKth, FixedHyperparameters, Linearized, Objective, UpdateOptions
 from stn_fx.errors import DivergedError, InputError, StnError
 
 
@@ -184,7 +184,10 @@ def test_too_many_skipped_updates_in_a_row_stop_with_a_diagnosis():
     stn = make()
     factor = [float("nan")]
     steps = DeltaSTN(
-        stn, lambda output, target: F.cross_entropy(output, target) * factor[0], updates=UpdateOptions(skip_limit=2)
+        stn,
+        lambda output, target: F.cross_entropy(output, target) * factor[0],
+        updates=UpdateOptions(skip_limit=2),
+        response_step=EveryKth(Linearized(), 2),
     )
     for _ in range(2):
         steps.inner_step(BATCH)
@@ -237,7 +240,7 @@ def test_gradients_of_several_batches_are_averaged_into_one_update(base_lr):
 
 def test_an_accumulated_update_with_one_bad_loss_is_skipped_as_a_whole():
     stn = make()
-    steps = DeltaSTN(stn, updates=UpdateOptions(accumulate=2))
+    steps = DeltaSTN(stn, updates=UpdateOptions(accumulate=2), response_step=EveryKth(Linearized(), 2))
     before = groups(stn)
     bad = (BATCH[0] * float("nan"), BATCH[1])
     records = [steps.inner_step(batch) for batch in (bad, BATCH)]

@@ -21,6 +21,7 @@ from stn_fx.bilevel import (
     WeightAverage,
     evaluate,
 )
+from stn_fx.bilevel.trainer import usual_warmup
 from stn_fx.errors import DivergedError, InputError
 
 TRAIN, VALID = classification_batches(0), classification_batches(1, examples=40)
@@ -146,6 +147,31 @@ def test_accuracy_is_told_for_classifications_only():
     stn = FakeSelfTuningModule(nn.Linear(8, 1, dtype=torch.float64))
     batches = [(torch.zeros(4, 8, dtype=torch.float64), torch.zeros(4, 1, dtype=torch.float64))]
     assert evaluate(stn, nn.functional.mse_loss, batches).accuracy is None
+
+
+@pytest.mark.parametrize(
+    ("epochs", "updates", "warmup"),
+    [
+        (100, 11, 40),  # short epochs: at most two fifths
+        (40, 33, 16),
+        (60, 25, 20),  # 500 updates
+        (64, 66, 12),  # long ones: at least a fifth
+        (3, 1000, 1),
+        (2, 1, 1),
+        (1, 1, 0),
+        (10, None, 4),
+    ],
+)
+def test_the_usual_warmup_is_as_long_as_a_response_takes(epochs, updates, warmup):
+    assert usual_warmup(epochs, updates) == warmup
+
+
+@pytest.mark.parametrize(("accumulate", "first_tuned"), [(1, 3), (5, 4)])
+def test_the_usual_warmup_counts_updates_not_batches(accumulate, first_tuned):
+    trainer = make_trainer(updates=UpdateOptions(accumulate=accumulate))
+    trainer.train = [TRAIN[0]] * 250
+    result = trainer.fit(8, train_steps=50)
+    assert next(record.epoch for record in result.history if record.outer_step) == first_tuned
 
 
 @pytest.mark.parametrize(
@@ -360,7 +386,7 @@ def fit_with_bad_batches(first, last, *callbacks, **options):
 
 
 def test_updates_that_are_not_finite_are_skipped_and_counted():
-    trainer, fit = fit_with_bad_batches(6, 7)
+    trainer, fit = fit_with_bad_batches(5, 6)
     result = fit()
     assert [record.skipped for record in result.history] == [0, 3, 0]  # the base in two steps, the response in one
     assert result.skipped == 3

@@ -20,6 +20,7 @@ from stn_fx.bilevel import (
     FixedHyperparameters,
     GlobalSampling,
     Linearized,
+    Objective,
     OnFraction,
     PerBatch,
     PerExample,
@@ -182,7 +183,7 @@ def test_a_fraction_of_the_batch_is_what_a_smaller_batch_would_be():
         make_fake(base_optimizer=still, response_optimizer=step, response_step=OnFraction(Linearized(), fraction))
         for fraction in (1.0, 0.3)
     )
-    five = tuple(each[:5] for each in BATCH)  # 0.3 * 16, rounded up
+    five = tuple(each[[0, 3, 6, 10, 13]] for each in BATCH)  # 0.3 * 16, rounded up, evenly spaced
     assert part[1].inner_step(BATCH).response_loss == whole[1].inner_step(five).response_loss
     assert torch.equal(part[0].G, whole[0].G)
 
@@ -201,11 +202,69 @@ def test_a_fraction_of_a_batch_on_axis_1():
     assert not DeltaSTN(stn, response_step=OnFraction(Linearized(), 0.5)).inner_step((x, y)).skipped
 
 
+def taken(step, batch, axis=0, **options):
+    """Number of examples that a pass of the response sees."""
+    sizes = []
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 4)
+
+        def forward(self, x):
+            return self.layer(x).mean(1 - axis) if x.ndim == 3 else self.layer(x)
+
+    def loss(output, content, hyperparameters):
+        sizes.append(len(output))
+        return output.square().mean(1)
+
+    stn = stn_fx.transform(Model(), "weight_decay", (batch["x"],), batch_axis=axis)
+    objective = Objective(train=loss, inputs=lambda content: (content["x"],))
+    assert not DeltaSTN(stn, objective, response_step=step, **options).inner_step(batch).skipped
+    return sizes[-1]
+
+
+@pytest.mark.parametrize(("least", "size", "part"), [(1, 100, 7), (10, 100, 10), (32, 24, 24), (32, 48, 32), (1, 3, 1)])
+def test_how_many_examples_a_fraction_has(least, size, part):
+    assert taken(OnFraction(Linearized(), 0.07, least=least), {"x": torch.randn(size, 3)}) == part
+
+
+@pytest.mark.parametrize(
+    ("other", "axis", "part"),
+    [
+        ({"y": torch.randn(6, 2)}, 0, 3),
+        ({"y": torch.randn(6, 2)}, 1, 3),
+        ({"y": torch.randn(2, 6)}, 1, 3),
+        ({"y": None, "z": [torch.randn(6), (torch.randn(6),)]}, 0, 3),
+        ({"y": torch.randn(6, 6)}, 1, 6),
+        ({"y": torch.randn(5)}, 0, 6),
+        ({"y": torch.tensor(1.0)}, 0, 6),
+        ({"y": ["a"] * 6}, 0, 6),
+        ({"y": [1] * 6}, 0, 6),
+    ],
+    ids=[
+        "rows",
+        "target on axis 0",
+        "target on axis 1",
+        "nested",
+        "either axis",
+        "other size",
+        "scalar",
+        "words",
+        "list",
+    ],
+)
+def test_a_batch_that_cannot_be_cut_with_certainty_is_taken_whole(other, axis, part):
+    batch = {"x": torch.randn(*((6, 7, 3) if axis == 0 else (7, 6, 3)))} | other
+    assert taken(OnFraction(Linearized(), 0.5), batch, axis) == part
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
         (lambda: EveryKth(Linearized(), 0), "k=0"),
         (lambda: OnFraction(Linearized(), 0.0), "fraction"),
+        (lambda: OnFraction(Linearized(), 0.5, least=0), "least=0"),
         (lambda: GlobalSampling(0.0), "width"),
     ],
 )

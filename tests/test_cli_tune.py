@@ -152,13 +152,16 @@ def test_options_of_training_reach_the_trainer(model, tmp_path, monkeypatch):
     def ended(self, trainer, epoch, record):
         seen.append((trainer.algorithm.updates, trainer.algorithm.optimizers["base"].param_groups[0]["lr"]))
         if isinstance(trainer.algorithm, DeltaSTN):
-            assert str(trainer.algorithm.response_step) == "EveryKth(Linearized(antithetic=True), 3)"
+            assert str(trainer.algorithm.response_step) == (
+                "EveryKth(OnFraction(Linearized(antithetic=True), 0.75, least=32), 3)"
+            )
 
     monkeypatch.setattr("stn_fx.bilevel.live_progress.LiveProgress.inner_step_ended", ended)
     out = tmp_path / "run"
     result = run(model, *QUICK, "--accumulate", "2", "--clip-norm", "0.5", "--bf16", "--schedule", "warmup-cosine",
                  "--average", "0.9", "--keep", "3", "--save-every", "1", "--no-trust", "--batch-size", "16",
-                 "--train-steps", "1", "--response-every", "3", "--out", out)  # fmt: skip
+                 "--train-steps", "1", "--response-every", "3",
+                 "--response-fraction", "0.75", "--out", out)  # fmt: skip
     assert result.exit_code == 0, result.output
     assert {each for each, _ in seen} == {UpdateOptions(accumulate=2, clip_norm=0.5, autocast=torch.bfloat16)}
     rates = [rate for _, rate in seen[: len(seen) // 2]]  # of the tuned run

@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import nn
 
 from stn_fx.bilevel import BilevelTrainer
+from stn_fx.bilevel.trainer import usual_warmup
 
 optuna = pytest.importorskip("optuna", reason="the searches of the benchmark need optuna (extra `benchmarks`)")
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
@@ -29,10 +30,10 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 COSTS = {
     "delta_stn": Cost(2.5, 1.0),
+    "part_of_batch": Cost(1.9, 0.0),
     "stn": Cost(1.8, 1.0),
     "low_rank": Cost(2.2, 1.0),
     "two_terms": Cost(2.9, 1.1),
-    "four_terms": Cost(3.5, 1.3),
     "shared_forward": Cost(2.2, 1.0),
     "double_backward": Cost(4.0, 1.0),
 }
@@ -61,8 +62,9 @@ def data(tmp_path, monkeypatch):
         batch_size=16,
     )
     monkeypatch.setattr(quality_methods, "TASKS", {"tiny": task})
+    monkeypatch.setattr(quality_methods, "WITH_VARIANTS", "tiny")
     for module in (quality_methods, quality_costs):
-        monkeypatch.setattr(module, "WITH_VARIANTS", "tiny")
+        monkeypatch.setattr(module, "WITHOUT_BATCH_NORMS", "tiny")
     quality_methods._splits.cache_clear()
     return tmp_path
 
@@ -78,7 +80,7 @@ def test_a_budget_buys_as_many_epochs_as_it_pays_for(warmup):
     epochs = way.epochs(FASHION, 66, 3.5)
 
     def price(epochs):
-        warm = way.warmup_epochs(epochs) * 66
+        warm = way.warmup_epochs(epochs, 66) * 66
         rounds = sum(inner % 5 == 0 for inner in range(warm + 1, epochs * 66 + 1))
         return epochs * 66 * 2.5 + rounds * 1.25 * 2
 
@@ -147,10 +149,18 @@ def test_costs_are_measured_for_everything_that_is_computed_from_them(data):
     assert costs.keys() == COSTS.keys()
     inner = {name: tuner(FASHION, COSTS).cost.inner for name, tuner in (TUNERS | VARIANTS).items()}
     assert inner["papers"] == inner["every_second"] == COSTS["delta_stn"].inner
-    assert inner["every_second"] - 1 == 2 * (inner["delta_stn"] - 1) == 4 * (inner["every_eighth"] - 1)
-    assert inner["half_batch"] == inner["every_eighth"] < inner["low_rank"] < inner["delta_stn"] < inner["stn"]
+    assert inner["every_second"] - 1 == 2 * (inner["frequent"] - 1) == 4 * (inner["every_eighth"] - 1)
+    assert inner["half_batch"] == inner["every_eighth"] < inner["low_rank"] < inner["frequent"] < inner["stn"]
+    assert inner["delta_stn"] - 1 == pytest.approx(0.5 * (COSTS["part_of_batch"].inner - 1))
 
 
-def test_the_method_of_the_defaults_has_them() -> None:
+def test_delta_stn_has_the_defaults_of_the_trainer() -> None:
     parameters = inspect.signature(BilevelTrainer.fit).parameters
-    assert TUNERS["defaults"](FASHION, COSTS).train_steps == parameters["train_steps"].default
+    way = TUNERS["delta_stn"](FASHION, COSTS)
+    assert way.train_steps == parameters["train_steps"].default
+    assert way.warmup_epochs(50, 33) == usual_warmup(50, 33)
+
+
+def test_double_backward_is_left_out_where_there_are_batch_norms() -> None:
+    tasks = {job.task for job in quality_methods.jobs(["fashion", "cifar"], ["double_backward"])}
+    assert tasks == {"fashion"}

@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--starts", nargs="+", choices=list(STARTS), default=list(STARTS))
-    parser.add_argument("--warmup", type=int, help="epochs before tuning begins; else the default, two fifths")
+    parser.add_argument("--warmup", type=int, help="epochs before tuning begins; else the default, 40 of 100")
     parser.add_argument("--threads", type=int, default=1, help="batches this small gain little from more")
     parser.add_argument("--out", type=Path, help="CSV file of all runs")
     options = parser.parse_args()

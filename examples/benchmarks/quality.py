@@ -1,7 +1,8 @@
 """Does tuning in one run beat searching?  Fixed values, random search, TPE, ASHA, STN and Delta-STN at equal compute.
 
     pip install -e ".[examples,benchmarks]"
-    python examples/benchmarks/quality.py run --data ~/data --jobs 2      # stop and start it as you like
+    python examples/benchmarks/quality.py run --data ~/data --jobs 2      # four hours; stop and start it as you like
+    python examples/benchmarks/quality.py run --data ~/data --jobs 2 --variants      # settings and costs: another hour
     python examples/benchmarks/quality.py run --data ~/data --tasks fashion --methods random tpe
     python examples/benchmarks/quality.py report                          # CSV and PNG of what is there
 
@@ -21,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from quality_costs import measure_costs
-from quality_methods import METHODS, SEARCHES, SEEDS, jobs, perform
+from quality_methods import COMPARED, METHODS, SEARCHES, SEEDS, jobs, perform
 from quality_report import write_report
 from quality_tasks import TASKS
 from quality_training import Cost
@@ -80,11 +81,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder that holds fashion-mnist and cifar10-jpeg")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="those that are compared, unless told otherwise")
+    parser.add_argument("--variants", action="store_true", help="the variants of Delta-STN too")
     parser.add_argument("--starts", nargs="+", default=[start for task in TASKS.values() for start in task.starts])
     parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS), help="random: all trials")
     parser.add_argument("--jobs", type=int, default=1, help="processes, each with one thread")
     options = parser.parse_args()
+    if options.methods is None:
+        options.methods = list(METHODS if options.variants else COMPARED)
     console = Console()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.what == "report":

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from quality_tasks import WITH_VARIANTS, Task
+from quality_tasks import WITHOUT_BATCH_NORMS, Task
 from quality_training import Cost, sgd
 from quality_tuners import MEASURED, RESPONSES
 from rich.console import Console
@@ -31,7 +31,7 @@ def measure_costs(task: Task, data: Path, console: Console) -> dict[str, Cost]:
         algorithm = build(task, task.wrapped(splits, 0, RESPONSES.get(name, "rowwise")))
         calls[f"{name} inner"] = lambda a=algorithm: a.inner_step(batch)
         calls[f"{name} outer"] = lambda a=algorithm: a.outer_step(batch)
-    if task.name == WITH_VARIANTS:
+    if task.name == WITHOUT_BATCH_NORMS:
         double = DoubleBackwardUpdate(task.build(), task.hparams, batch[0])
         calls["double_backward inner"] = lambda: double(*batch)
         calls["double_backward outer"] = calls["delta_stn outer"]

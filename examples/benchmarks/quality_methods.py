@@ -13,9 +13,9 @@ from pathlib import Path
 
 import optuna
 import torch
-from quality_tasks import TASKS, WITH_VARIANTS, Task
+from quality_tasks import TASKS, WITH_VARIANTS, WITHOUT_BATCH_NORMS, Task
 from quality_training import Cost, Outcome, Way, sgd, train
-from quality_tuners import TUNERS, VARIANTS
+from quality_tuners import NOT_WITH_BATCH_NORMS, TUNERS, VARIANTS
 
 from stn_fx.bilevel import FixedHyperparameters
 from stn_fx.bilevel.atomic import write_atomically
@@ -64,7 +64,7 @@ def jobs(tasks: list[str], methods: list[str]) -> list[Job]:
     """All of these methods, those first that others are compared with.
 
     Three seeds each, on the published start where there is one; from the other starts as many as the task says; one
-    seed for the papers' way and, on one task only, for the variants.
+    seed, on one task only, for the variants.
     """
     found = []
     for task in tasks:
@@ -74,10 +74,10 @@ def jobs(tasks: list[str], methods: list[str]) -> list[Job]:
             start = "" if method in SEARCHES else published
             if method == "random":
                 found += [Job(task, method, start, trial) for trial in range(POOL)]
-            elif method not in VARIANTS:
+            elif method in VARIANTS:
+                found += [Job(task, method, start, SEEDS[0])] if task == WITH_VARIANTS else []
+            elif task == WITHOUT_BATCH_NORMS or method not in NOT_WITH_BATCH_NORMS:
                 found += [Job(task, method, start, seed) for seed in SEEDS]
-            elif task == WITH_VARIANTS:
-                found.append(Job(task, method, start, SEEDS[0]))
             if method == "delta_stn":
                 seeds = SEEDS[: TASKS[task].seeds_elsewhere]
                 found += [Job(task, method, start, seed) for start in others for seed in seeds]
@@ -134,7 +134,8 @@ def _asha(task: Task, splits: Splits, job: Job, folder: Path) -> None:
 
 
 SEARCHES: dict[str, Callable[[Task, Splits, Job, Path], None]] = {"random": _random, "tpe": _tpe, "asha": _asha}
-METHODS = ("fixed", *SEARCHES, *TUNERS, *VARIANTS)
+COMPARED = ("fixed", *SEARCHES, *TUNERS)
+METHODS = (*COMPARED, *VARIANTS)
 
 
 def _search(

@@ -124,3 +124,5 @@ CIFAR = Task(
 TASKS = {task.name: task for task in (FASHION, CIFAR)}
 WITH_VARIANTS = FASHION.name
 """The task that the variants are run on."""
+WITHOUT_BATCH_NORMS = FASHION.name
+"""The task whose model has none."""

@@ -10,6 +10,7 @@ from quality_tasks import Task, Values
 from torch.optim import SGD
 
 from stn_fx.bilevel import Algorithm, BilevelTrainer, Callback, EpochRecord, FitResult, KeepBest
+from stn_fx.bilevel.trainer import usual_warmup
 from stn_fx.data import ImageBatches, Splits
 from stn_fx.data.batches import Normalisation
 
@@ -41,7 +42,7 @@ class Way:
         algorithm: made for a wrapped model.
         cost: of its steps.
         train_steps: T_train.
-        warmup: share of the epochs without outer steps.
+        warmup: share of the epochs without outer steps; None for the default of `fit`.
         valid_batch: size of the batches of outer steps.
         response: form of the response.
     """
@@ -49,7 +50,7 @@ class Way:
     algorithm: Callable[["SelfTuningModule"], Algorithm]
     cost: Cost
     train_steps: int = 5
-    warmup: float = 0.0
+    warmup: float | None = 0.0
     valid_batch: int = 128
     response: "ResponseForm" = "rowwise"
 
@@ -60,9 +61,9 @@ class Way:
             epochs += 1
         return epochs
 
-    def warmup_epochs(self, epochs: int) -> int:
+    def warmup_epochs(self, epochs: int, batches: int) -> int:
         """Epochs without outer steps."""
-        return round(self.warmup * epochs)
+        return usual_warmup(epochs, batches) if self.warmup is None else round(self.warmup * epochs)
 
     def compute(self, task: Task, inner: int, outer: int) -> float:
         """Updates of the plain model that these steps are worth."""
@@ -71,7 +72,7 @@ class Way:
     def _rounds(self, epochs: int, batches: int) -> int:
         if not self.cost.outer:
             return 0
-        return epochs * batches // self.train_steps - self.warmup_epochs(epochs) * batches // self.train_steps
+        return epochs * batches // self.train_steps - self.warmup_epochs(epochs, batches) * batches // self.train_steps
 
 
 @dataclass
@@ -160,7 +161,7 @@ def train(
     with suppress(_Stop):
         trainer.fit(
             epochs,
-            warmup_epochs=way.warmup_epochs(epochs),
+            warmup_epochs=way.warmup_epochs(epochs, len(training)),
             train_steps=way.train_steps,
             callbacks=[keep, _Recorder(task, way, outcome, len(training), on_epoch)],
             measure_trust=False,

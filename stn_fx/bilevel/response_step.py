@@ -5,7 +5,7 @@
 | `Linearized` | linearized pass, base detached | Delta-STN (Bae & Grosse 2020) |
 | `WithoutLinearization` | the perturbed network itself, base detached | its ablation in the same paper |
 | `EveryKth(step, k)` | another way, in every k-th inner step only | cheaper |
-| `OnFraction(step, p)` | another way, on a fraction of the batch | cheaper |
+| `OnFraction(step, p)` | another way, on a fraction of every batch | cheaper |
 
 The first two take antithetic perturbations: each batch passes at a perturbation and at its opposite, with the same
 masks. What the response learns from is how the gradient of the weights *changes* with the hyperparameters, and that is
@@ -33,6 +33,12 @@ from stn_fx.errors import InputError
 if TYPE_CHECKING:
     from stn_fx.bilevel.steps import DeltaSTN
     from stn_fx.transform import SelfTuningModule
+
+
+EVERY, FRACTION, LEAST = 4, 0.5, 32
+"""The default: half of the examples of every fourth batch, but at least 32 of a batch that has them."""
+ROUNDING = 1e-9
+"""Of a number of examples."""
 
 
 class ResponseStep(ABC):
@@ -149,26 +155,38 @@ class EveryKth(ResponseStep):
 
 
 class OnFraction(ResponseStep):
-    """Another way on the first examples of every batch, which a shuffling loader makes a random part of it.
+    """Another way on a fraction of every batch: examples that lie evenly in it, such as every second one.
+
+    Batches that cannot be cut with certainty are taken whole: where something beside the model's inputs has no axis of
+    the examples, or more than one axis that might be it. So do several processes that share a batch: together they take
+    what one process with the whole batch takes, where their shares are multiples of `1 / fraction`.
 
     Args:
         step: the way.
         fraction: of the examples, in (0, 1]; rounded up. Batch norms see the statistics of these examples.
+        least: examples of the whole batch that are taken at least, where it has them.
     """
 
-    def __init__(self, step: ResponseStep, fraction: float) -> None:
+    def __init__(self, step: ResponseStep, fraction: float, least: int = 1) -> None:
         if not 0 < fraction <= 1:
             raise InputError(f"fraction={fraction}: it must lie between 0 and 1.")
+        require_count("least", least)
         self.step = step
         self.fraction = fraction
+        self.least = least
 
     def __repr__(self) -> str:
-        return f"OnFraction({self.step}, {self.fraction})"
+        return f"OnFraction({self.step}, {self.fraction}, least={self.least})"
 
     def __call__(self, algorithm: "DeltaSTN", batch: Batch) -> Outcome | None:
-        size = math.ceil(self.fraction * batch_size(algorithm.stn, batch))
-        part = _first(batch, batch_size(algorithm.stn, batch), algorithm.stn.compiled.captured.batch_axes, size)
-        return self.step(algorithm, replace(part, rows=algorithm.replicas.rows(size, algorithm.perturbations.device)))
+        size = batch_size(algorithm.stn, batch)
+        fraction = max(self.fraction, self.least / batch.rows.total)
+        chosen = _positions(size, min(1.0, fraction))
+        part = None if fraction >= 1 else _part(batch, size, algorithm.stn.compiled.captured.batch_axes, chosen)
+        if part is None:
+            return self.step(algorithm, batch)
+        rows = algorithm.replicas.rows(len(chosen), algorithm.perturbations.device)
+        return self.step(algorithm, replace(part, rows=rows))
 
     def begin(self) -> None:
         self.step.begin()
@@ -180,22 +198,40 @@ class OnFraction(ResponseStep):
         self.step.load_state_dict(state)
 
 
-def _first(batch: Batch, size: int, axes: list[int | None], count: int) -> Batch:
-    """The first examples of a batch: inputs along their batch axes, the rest of its content along axis 0."""
+def usual_step(every: int = EVERY, fraction: float = FRACTION) -> ResponseStep:
+    """The default of `DeltaSTN`, chosen with `examples/benchmarks/quality.py`: two opposite perturbations."""
+    return EveryKth(OnFraction(Linearized(), fraction, LEAST), every)
+
+
+def _positions(size: int, fraction: float) -> Tensor:
+    """Of evenly spaced examples, the first among them."""
+    count = max(1, math.ceil(size * fraction - ROUNDING))
+    return torch.tensor([int(number / fraction) for number in range(count)])
+
+
+def _part(batch: Batch, size: int, axes: list[int | None], chosen: Tensor) -> Batch | None:
+    """Some examples of a batch; None where it is not certain which axes are those of the examples."""
     remaining = iter(axes)
-    cut: dict[int, Tensor] = {}
+    cut: dict[int, Any] = {}
+    certain = True
 
     def cut_input(leaf: Any) -> Any:
         axis = next(remaining)
-        if axis is None or not isinstance(leaf, Tensor):
-            return leaf
-        return cut.setdefault(id(leaf), torch.narrow(leaf, axis, 0, count))
+        is_cut = axis is not None and isinstance(leaf, Tensor)
+        return cut.setdefault(id(leaf), leaf.index_select(axis, chosen.to(leaf.device)) if is_cut else leaf)
 
     def cut_other(leaf: Any) -> Any:
-        if id(leaf) in cut:
-            return cut[id(leaf)]
-        rows = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == size
-        return leaf[:count] if rows else leaf
+        nonlocal certain
+        if id(leaf) in cut or leaf is None:
+            return cut.get(id(leaf))
+        # Examples lie along axis 0, or as in the inputs.
+        possible = {0, *(axis for axis in axes if axis is not None)}
+        fitting = [axis for axis in possible if isinstance(leaf, Tensor) and leaf.shape[axis : axis + 1] == (size,)]
+        if len(fitting) == 1:
+            return leaf.index_select(fitting[0], chosen.to(leaf.device))
+        certain = False
+        return leaf
 
     inputs = tree_map(cut_input, batch.inputs)
-    return replace(batch, inputs=inputs, content=tree_map(cut_other, batch.content))
+    content = tree_map(cut_other, batch.content)
+    return replace(batch, inputs=inputs, content=content) if certain else None

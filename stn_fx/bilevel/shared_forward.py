@@ -21,8 +21,9 @@ from stn_fx.bilevel.decay import Decay
 from stn_fx.bilevel.generators import default_generators
 from stn_fx.bilevel.mixing import MixedBatch, mix
 from stn_fx.bilevel.penalties import other_penalties
+from stn_fx.bilevel.response_step import EVERY
 from stn_fx.bilevel.sampling import GlobalSampling
-from stn_fx.bilevel.steps import RESPONSE_EVERY, DeltaSTN
+from stn_fx.bilevel.steps import DeltaSTN
 from stn_fx.bilevel.updates import (
     base_update,
     buffers_of_an_update,
@@ -56,7 +57,7 @@ class SharedForward(DeltaSTN):
         self,
         stn: "SelfTuningModule",
         *arguments: Any,
-        every: int = RESPONSE_EVERY,
+        every: int = EVERY,
         antithetic: bool = True,
         **options: Any,
     ) -> None:

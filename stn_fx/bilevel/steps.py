@@ -9,7 +9,7 @@ from stn_fx.bilevel.algorithm import Algorithm, InnerRecord, OuterRecord, traini
 from stn_fx.bilevel.apply import UpdateOptions
 from stn_fx.bilevel.objective import Loss, Objective
 from stn_fx.bilevel.optimizers import OptimizerChoice, Role
-from stn_fx.bilevel.response_step import EveryKth, Linearized, ResponseStep
+from stn_fx.bilevel.response_step import ResponseStep, usual_step
 from stn_fx.bilevel.sampling import PerExample, PerGroup, Sampling
 from stn_fx.bilevel.updates import base_update, hyper_update
 from stn_fx.errors import InputError
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from stn_fx.transform import SelfTuningModule
 
 ENTROPY_WEIGHT = 1e-3
-RESPONSE_EVERY = 2
-"""The response learns in every so many inner steps, from two opposite perturbations."""
 
 
 class DeltaSTNOptions(TypedDict, total=False):
@@ -63,7 +61,7 @@ class DeltaSTN(Algorithm):
             are not finite.
         sampling: where perturbed hyperparameters come from; where None, `PerGroup()` for a model whose batch norms take
             statistics of the batch, else `PerExample()`. One that does not suit such a model is used, with a warning.
-        response_step: how the response is learned; `EveryKth(Linearized(), 2)` where None.
+        response_step: how the response is learned; `EveryKth(OnFraction(Linearized(), 0.5, least=32), 4)` where None.
         tune_scales: whether outer steps move the scales (of a sampling that has them); else they stay as they began.
 
     Raises:
@@ -104,7 +102,7 @@ class DeltaSTN(Algorithm):
             )
         super().__init__(stn, loss, choices, updates)
         self.entropy_weight = entropy_weight
-        self.response_step = response_step or EveryKth(Linearized(), RESPONSE_EVERY)
+        self.response_step = response_step or usual_step()
 
     def _build_optimizers(self) -> None:
         super()._build_optimizers()

@@ -1,5 +1,6 @@
 """`BilevelTrainer`: epochs of inner and outer steps over any two loaders, with a record of all that happened."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -13,13 +14,29 @@ from stn_fx.bilevel.evaluation import Evaluation, evaluate
 from stn_fx.bilevel.fit import Fit
 from stn_fx.bilevel.generators import Generators
 from stn_fx.bilevel.objective import Loss, Objective
-from stn_fx.bilevel.reader import beside_a_pass
+from stn_fx.bilevel.reader import beside_a_pass, length_of
 from stn_fx.bilevel.records import FitResult
 from stn_fx.bilevel.steps import DeltaSTN, DeltaSTNOptions
 from stn_fx.errors import InputError
 
 if TYPE_CHECKING:
     from stn_fx.transform import SelfTuningModule
+
+
+WARMUP_UPDATES = 500
+"""What it takes to learn a response."""
+
+
+def usual_warmup(epochs: int, updates: int | None) -> int:
+    """Warm-up epochs where none are given: as long as a response takes, but a fifth to two fifths of all.
+
+    Args:
+        epochs: all of them.
+        updates: of the weights in an epoch; None where that is not known, then two fifths.
+    """
+    most, least = 2 * epochs // 5, epochs // 5
+    needed = most if updates is None else math.ceil(WARMUP_UPDATES / max(1, updates))
+    return max(min(max(needed, least), most), min(1, epochs - 1))
 
 
 class BilevelTrainer:
@@ -86,7 +103,8 @@ class BilevelTrainer:
         Args:
             epochs: passes over the training loader.
             warmup_epochs: epochs at the start without outer steps: the response is learned first, and an undertrained
-                model wants no regularization. None = two fifths of all, at least one where there is more than one.
+                model wants no regularization. None = as many as hold 500 updates, but a fifth of all at
+                least and two fifths at most, and one where there is more than one.
             train_steps: T_train, inner steps between two rounds of outer steps (the papers' usual choice is 5).
             valid_steps: T_valid, outer steps in a round (1).
             callbacks: called in this order at every event.
@@ -109,7 +127,9 @@ class BilevelTrainer:
         for name, value in options.items():
             require_count(name, value, 1)
         if warmup_epochs is None:
-            warmup_epochs = max(2 * epochs // 5, min(1, epochs - 1))
+            batches = length_of(self.train)
+            updates = None if batches is None else batches // self.algorithm.updates.accumulate
+            warmup_epochs = usual_warmup(epochs, updates)
         require_count("warmup_epochs", warmup_epochs, 0)
         if self.algorithm.tunes and warmup_epochs >= epochs:
             raise InputError(
