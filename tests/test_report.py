@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import stn_fx
+from stn_fx.bilevel.response_step import usual_step
 from stn_fx.compiler.cost import predict_cost
 
 
@@ -104,6 +105,10 @@ def test_matrix_products_cost_what_the_design_says(response: str | stn_fx.LowRan
     # The first layer needs no gradient of its input, and the response is small beside the weights.
     assert cost.matmul_ratio == pytest.approx(matmul, rel=0.03)
     assert cost.ratio > 1.5
+    alone = cost.base.equivalent_flops / cost.ordinary.equivalent_flops
+    step = usual_step()
+    passes = 2 * step.step.fraction / step.k
+    assert cost.default_ratio == pytest.approx(alone + passes * (cost.ratio - alone))
     assert predict_cost(stn.compiled, stn, 4096).batch_size == 4096
 
 

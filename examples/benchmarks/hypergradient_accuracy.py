@@ -43,8 +43,10 @@ from stn_fx.bilevel import (
     FitResult,
     FixedHyperparameters,
     Linearized,
+    OnFraction,
 )
 from stn_fx.bilevel.atomic import write_atomically
+from stn_fx.bilevel.response_step import EVERY, FRACTION
 from stn_fx.data import ImageBatches, Splits, load_images, split_images
 from stn_fx.data.batches import Normalisation
 from stn_fx.transform import ResponseForm
@@ -58,20 +60,21 @@ TRAIN_STEPS = 2
 
 @dataclass(frozen=True)
 class Way:
-    """How a response learns: its form, its steps, its learning rate in units of the weights' one.
+    """How a response learns: its form, its steps, the share of their batches, its rate in units of the weights' one.
 
     Of each there are several runs, `responses`, with other initial values, perturbations and masks of the response.
     """
 
     form: ResponseForm = "rowwise"
     every: int = 2
+    fraction: float = 1.0
     antithetic: bool = True
     rate: float = 1.0
     responses: int = 2
 
     def algorithm(self, stn: stn_fx.SelfTuningModule, rate: float) -> DeltaSTN:
         """With hyperparameters that never move."""
-        step = EveryKth(Linearized(self.antithetic), self.every)
+        step = EveryKth(OnFraction(Linearized(self.antithetic), self.fraction), self.every)
         optimizers = {
             "base_optimizer": partial(SGD, lr=rate, momentum=MOMENTUM),
             "response_optimizer": partial(SGD, lr=rate * self.rate, momentum=MOMENTUM),
@@ -81,7 +84,8 @@ class Way:
 
 
 WAYS = {
-    "default": Way(responses=8),
+    "default": Way(every=EVERY, fraction=FRACTION, responses=8),
+    "whole batch, every second step": Way(responses=8),
     "single perturbations": Way(every=1, antithetic=False),
     "every eighth step": Way(every=8),
     "a third of the rate": Way(rate=1 / 3),

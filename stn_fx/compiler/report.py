@@ -147,7 +147,11 @@ class Report:
         """Everything, JSON-able."""
         cost = None
         if self.cost is not None:
-            cost = asdict(self.cost) | {"ratio": self.cost.ratio, "matmul_ratio": self.cost.matmul_ratio}
+            cost = asdict(self.cost) | {
+                "ratio": self.cost.ratio,
+                "default_ratio": self.cost.default_ratio,
+                "matmul_ratio": self.cost.matmul_ratio,
+            }
         return {
             "model": self.model,
             "hyperparameters": [_jsonable(row) for row in self.hyperparameters],

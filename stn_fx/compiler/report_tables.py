@@ -37,8 +37,9 @@ def _summary(report: Report) -> list[str]:
         lines.append(f"Cost of a training update: not predicted ({report.cost_unknown_because})")
     else:
         lines.append(
-            f"Cost of a training update: about {report.cost.ratio:.2f} times an ordinary one at batch size "
-            f"{report.cost.batch_size} ({report.cost.matmul_ratio:.2f} times where matrix products take all the time)"
+            f"Cost of a training update: about {report.cost.default_ratio:.2f} times an ordinary one at batch size "
+            f"{report.cost.batch_size}, {report.cost.ratio:.2f} where the response learns from every whole batch (then "
+            f"{report.cost.matmul_ratio:.2f} if matrix products take all the time)"
         )
     lines += [f"{row.text} matched {', '.join(row.matched) or 'nothing that another left'}" for row in report.matches]
     return lines + [f"Note: {note}" for note in report.notes]
