@@ -48,7 +48,7 @@ SMALLEST_BATCH, USUAL_BATCH = 16, 128
 """Below the first, a batch is taken for an example of shapes, and the cost is predicted for the second."""
 
 DEFAULT_PASSES = 0.25
-"""Linearized passes over whole batches that `DeltaSTN` makes by default for each batch: two over half of every fourth."""
+"""Linearized passes of `DeltaSTN` by default, in whole batches, for each batch: two over half of every fourth."""
 
 UPDATE_SWEEPS = 5
 """SGD with momentum reads parameter, gradient and momentum, and writes parameter and momentum."""
