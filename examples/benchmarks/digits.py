@@ -24,6 +24,7 @@ from torch.optim import Adam
 
 from stn_fx.bilevel.comparison import Recipe, Run
 from stn_fx.bilevel.image_task import ImageTask
+from stn_fx.bilevel.response_step import usual_step
 from stn_fx.bilevel.schedules import cosine
 from stn_fx.data import load_images, split_images
 from stn_fx.model_reference import load_model
@@ -39,7 +40,8 @@ VALID_FRACTION = 0.4
 BATCH_SIZE = 32
 EPOCHS = 100
 LEARNING_RATE = 3e-3
-TRAIN_STEPS = 3
+TRAIN_STEPS, RESPONSE_EVERY = 3, 2
+"""More often than by default: a run has 1,100 updates only."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ def recipe(epochs: int, warmup_epochs: int | None = None) -> Recipe:
         options={
             "base_optimizer": partial(Adam, lr=LEARNING_RATE),
             "response_optimizer": partial(Adam, lr=LEARNING_RATE),
+            "response_step": usual_step(RESPONSE_EVERY),
         },
         schedule=cosine,
     )

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, RMSprop
 
 import stn_fx
+from stn_fx.bilevel import EveryKth, Linearized
 from stn_fx.rules.structure import RowWise
 
 EXAMPLES, FEATURES, OUTPUTS = 24, 6, 3
@@ -84,6 +85,7 @@ def tuned_decay(problem: Ridge, initial: float, seed: int, v_at_zero: bool) -> f
         response_optimizer=sgd,
         hyper_optimizer=partial(RMSprop, lr=0.03),
         scale_optimizer=partial(RMSprop, lr=0.003),
+        response_step=EveryKth(Linearized(), 2),  # more often than by default: the run is short
     )
     batch = (problem.x.repeat(COPIES, 1), problem.y.repeat(COPIES, 1))
     for step in range(STEPS):
