@@ -2,7 +2,7 @@
 
     pip install -e ".[examples,benchmarks]"
     python examples/benchmarks/quality.py run --data ~/data --jobs 2      # four hours; stop and start it as you like
-    python examples/benchmarks/quality.py run --data ~/data --jobs 2 --variants      # settings and costs: another hour
+    python examples/benchmarks/quality.py run --data ~/data --jobs 2 --variants      # other settings: two more
     python examples/benchmarks/quality.py run --data ~/data --tasks fashion --methods random tpe
     python examples/benchmarks/quality.py report                          # CSV and PNG of what is there
 

@@ -15,7 +15,7 @@ import optuna
 import torch
 from quality_tasks import TASKS, WITH_VARIANTS, WITHOUT_BATCH_NORMS, Task
 from quality_training import Cost, Outcome, Way, sgd, train
-from quality_tuners import NOT_WITH_BATCH_NORMS, TUNERS, VARIANTS
+from quality_tuners import FROM_ALL_STARTS, NOT_WITH_BATCH_NORMS, TUNERS, VARIANTS
 
 from stn_fx.bilevel import FixedHyperparameters
 from stn_fx.bilevel.atomic import write_atomically
@@ -64,7 +64,7 @@ def jobs(tasks: list[str], methods: list[str]) -> list[Job]:
     """All of these methods, those first that others are compared with.
 
     Three seeds each, on the published start where there is one; from the other starts as many as the task says; one
-    seed, on one task only, for the variants.
+    seed, on one task only, for most variants.
     """
     found = []
     for task in tasks:
@@ -74,11 +74,11 @@ def jobs(tasks: list[str], methods: list[str]) -> list[Job]:
             start = "" if method in SEARCHES else published
             if method == "random":
                 found += [Job(task, method, start, trial) for trial in range(POOL)]
-            elif method in VARIANTS:
+            elif method in VARIANTS and method not in FROM_ALL_STARTS:
                 found += [Job(task, method, start, SEEDS[0])] if task == WITH_VARIANTS else []
             elif task == WITHOUT_BATCH_NORMS or method not in NOT_WITH_BATCH_NORMS:
                 found += [Job(task, method, start, seed) for seed in SEEDS]
-            if method == "delta_stn":
+            if method in FROM_ALL_STARTS:
                 seeds = SEEDS[: TASKS[task].seeds_elsewhere]
                 found += [Job(task, method, start, seed) for start in others for seed in seeds]
     return found

@@ -127,7 +127,9 @@ TUNERS: dict[str, Callable[[Task, Costs], Way]] = {
     "stn": _stn,
     "double_backward": _double_backward,
 }
-"""What is compared, with three seeds: the first from all starts, the others from the published one."""
+"""What is compared, with three seeds."""
+FROM_ALL_STARTS = {"delta_stn", "frequent"}
+"""The others begin at the published start only."""
 NOT_WITH_BATCH_NORMS = {"double_backward"}
 """PyTorch has no third derivative of batch norm."""
 
