@@ -38,8 +38,8 @@ class RowWise:
     weights and, in the linearized and the response pass, one more product with them. The weights of recurrent networks
     have one term; the report says which.
 
-    With ``parts``, the inputs of a row are cut into as many parts, which move along directions of their own: about as
-    much work and memory as one part, and hypergradients nearly as exact as with several terms
+    With ``parts``, the inputs of a row are cut into as many parts, which move along directions of their own: products
+    and memory of one part, and hypergradients between those of one and of several terms
     (``examples/benchmarks/results/README.md``). Linear layers and convolutions without groups that are used as they are
     have them; the report says which.
     """
