@@ -224,8 +224,9 @@ def _part(batch: Batch, size: int, axes: list[int | None], chosen: Tensor) -> Ba
         nonlocal certain
         if id(leaf) in cut or leaf is None:
             return cut.get(id(leaf))
-        # Examples lie along axis 0, or as in the inputs.
-        possible = {0, *(axis for axis in axes if axis is not None)}
+        # Examples lie along axis 0, or as in the inputs; a square may tell something of every pair of them.
+        pairs = isinstance(leaf, Tensor) and leaf.shape == (size, size)
+        possible = {0, 1} if pairs else {0, *(axis for axis in axes if axis is not None)}
         fitting = [axis for axis in possible if isinstance(leaf, Tensor) and leaf.shape[axis : axis + 1] == (size,)]
         if len(fitting) == 1:
             return leaf.index_select(fitting[0], chosen.to(leaf.device))
