@@ -158,8 +158,8 @@ class OnFraction(ResponseStep):
     """Another way on a fraction of every batch: examples that lie evenly in it, such as every second one.
 
     Batches that cannot be cut with certainty are taken whole: where something beside the model's inputs has no axis of
-    the examples, or more than one axis that might be it. So do several processes that share a batch: together they take
-    what one process with the whole batch takes, where their shares are multiples of `1 / fraction`.
+    the examples, or more than one axis that might be it. Several processes that share a batch take together what one
+    process with the whole batch takes, where their shares are multiples of `1 / fraction`.
 
     Args:
         step: the way.
