@@ -41,28 +41,19 @@ SCHEDULES: dict[ScheduleName, SchedulerFactory | None] = {
     ScheduleName.CONSTANT: None,
 }
 DEFAULT_LR = {OptimizerName.ADAM: 1e-3, OptimizerName.SGD: 1e-2}
-RESPONSE_HELP = (
-    "How weights respond: rowwise, parts:PARTS (more exact), rowwise:TERMS (dearer, too), or lowrank:RANK (cheaper)."
-)
-
-
-_RESPONSES: dict[str, Callable[[int], RowWise | LowRank]] = {
-    "rowwise": RowWise,
-    "parts": lambda parts: RowWise(parts=parts),
-    "lowrank": LowRank,
-}
+RESPONSE_HELP = "How weights respond: rowwise, rowwise:TERMS (dearer, more exact), or lowrank:RANK (cheaper)."
 
 
 def parse_response(text: str) -> RowWise | LowRank:
-    """`rowwise`, `rowwise:TERMS`, `parts:PARTS` or `lowrank:RANK`."""
+    """`rowwise`, `rowwise:TERMS` or `lowrank:RANK`."""
     kind, _, count = text.partition(":")
     if text == "rowwise":
         return RowWise()
-    if kind in _RESPONSES and count.isdecimal() and int(count) > 0:
-        return _RESPONSES[kind](int(count))
+    if kind in ("rowwise", "lowrank") and count.isdecimal() and int(count) > 0:
+        return RowWise(int(count)) if kind == "rowwise" else LowRank(int(count))
     raise InputError(
-        f"--response {text!r} is neither 'rowwise' nor 'rowwise:TERMS', 'parts:PARTS' or 'lowrank:RANK' with a "
-        f"positive number, as rowwise:2, parts:4 or lowrank:8."
+        f"--response {text!r} is neither 'rowwise' nor 'rowwise:TERMS' or 'lowrank:RANK' with a positive number, as "
+        f"rowwise:2 or lowrank:8."
     )
 
 

@@ -32,7 +32,8 @@ class Case:
     structures: tuple[str, ...] = ()
     """Structures that the plan must contain: "row-wise", "exact", "effective"."""
     tangents: bool = True
-    """Whether forward mode judges it: it looks through `detach`, which backward mode and stn_fx stop at."""
+    """Whether forward mode judges it: it looks through `detach`, which backward mode and stn_fx stop at, and not every
+    torch has it for every operator."""
 
 
 class Fn(nn.Module):
@@ -56,6 +57,15 @@ def noise(*shape: int) -> Callable[[int], tuple[Tensor]]:
         return (torch.randn(batch, *shape, generator=generator, dtype=torch.float64),)
 
     return inputs
+
+
+def has_forward_mode(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> bool:
+    """Whether this torch has one; of grid sampling since 2.15."""
+    try:
+        torch.func.jvp(function, inputs, inputs)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def sequence_first(length: int, *shape: int) -> Callable[[int], tuple[Tensor]]:
@@ -931,6 +941,7 @@ case(
         f=nn.Linear(2, 6),
     ),
     noise(2, 5, 5),
+    tangents=has_forward_mode(lambda x: F.grid_sample(x, x.movedim(1, 3), align_corners=False), noise(2, 3, 3)(1)),
 )
 
 # ---- recurrent cells, in-place operators, no_grad, nested inputs and outputs

@@ -157,8 +157,6 @@ def test_constants_are_inputs_and_a_new_value_is_captured_anew(mode: Any) -> Non
         (lambda stn, x: stn_fx.transform(stn.model, rules="conv"), "rules is a str; pass a registry"),
         (lambda stn, x: stn_fx.transform(stn.model, response="full"), "neither 'rowwise' nor RowWise"),
         (lambda stn, x: stn_fx.RowWise(0), "terms=0"),
-        (lambda stn, x: stn_fx.RowWise(parts=0), "parts=0"),
-        (lambda stn, x: stn_fx.RowWise(2, parts=2), "either terms or parts"),
     ],
 )
 def test_arguments_of_the_wrong_kind(call: Callable[..., Any], message: str) -> None:

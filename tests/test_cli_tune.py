@@ -311,10 +311,9 @@ def test_help_teaches():
 def test_options():
     assert parse_response("rowwise") == stn_fx.RowWise()
     assert parse_response("rowwise:3") == stn_fx.RowWise(3)
-    assert parse_response("parts:4") == stn_fx.RowWise(parts=4)
     assert parse_response("lowrank:4") == stn_fx.LowRank(4)
     assert parse_device("cpu") == torch.device("cpu")
     assert parse_arguments(["a=3", "b=(1, 2)", "c=text", "d=x=y"]) == {"a": 3, "b": (1, 2), "c": "text", "d": "x=y"}
-    for text in ("lowrank:0", "lowrank:x", "rowwise:0", "rowwise:", "parts:0", "dense"):
+    for text in ("lowrank:0", "lowrank:x", "rowwise:0", "rowwise:", "dense"):
         with pytest.raises(InputError):
             parse_response(text)

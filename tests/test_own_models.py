@@ -26,7 +26,6 @@ import stn_fx
 RESPONSES: dict[str, Any] = {
     "row-wise": "rowwise",
     "two terms": stn_fx.RowWise(2),
-    "two parts": stn_fx.RowWise(parts=2),
     "low-rank": stn_fx.LowRank(2),
 }
 

@@ -18,7 +18,6 @@ from stn_fx.errors import BatchLayoutError, CaptureError
 RESPONSES: dict[str, Any] = {
     "row-wise": "rowwise",
     "two terms": stn_fx.RowWise(2),
-    "two parts": stn_fx.RowWise(parts=2),
     "low-rank": stn_fx.LowRank(2),
 }
 VOCABULARY = 11

@@ -12,11 +12,9 @@ from stn_fx.rules.structure import (
     LowRank,
     LowRankResponse,
     Response,
-    RowWisePartsResponse,
     RowWiseResponse,
     RowWiseSumResponse,
     exact_change,
-    part_bounds,
     row_scales,
     untouched_zeros,
 )
@@ -26,8 +24,6 @@ STRUCTURES = {
     "row-wise, axis 1": lambda: RowWiseResponse((4, 3, 2), 1, 5),
     "three terms": lambda: RowWiseSumResponse((4, 3, 2), 0, 5, 3),
     "three terms, axis 1": lambda: RowWiseSumResponse((4, 3, 2), 1, 5, 3),
-    "three parts": lambda: RowWisePartsResponse((4, 7, 2), 0, 1, 5, 3),
-    "two parts, axis 1": lambda: RowWisePartsResponse((4, 3), 1, 0, 5, 2),
     "low-rank": lambda: LowRankResponse((6, 3, 4), 0, 5, 2),
     "low-rank, axis 1": lambda: LowRankResponse((6, 5), 1, 5, 2),
     "exact": lambda: Exact((4, 3), 5),
@@ -154,15 +150,3 @@ def test_several_terms_of_a_row_have_directions_of_their_own() -> None:
     directions_OTH = response.V.detach().transpose(0, 1)
     products_OTT = directions_OTH @ directions_OTH.transpose(1, 2)
     torch.testing.assert_close(products_OTT, (torch.eye(3, dtype=torch.float64) / 3).expand(4, 3, 3), atol=1e-6, rtol=0)
-
-
-def test_the_parts_of_a_row_have_directions_of_their_own() -> None:
-    directions_OPH = made("three parts").V.detach().transpose(0, 1)
-    products_OPP = directions_OPH @ directions_OPH.transpose(1, 2)
-    torch.testing.assert_close(products_OPP, torch.eye(3, dtype=torch.float64).expand(4, 3, 3), atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize(("columns", "parts"), [(7, 3), (6, 3), (3, 3), (5, 1)])
-def test_parts_lie_where_torch_cuts(columns: int, parts: int) -> None:
-    cut = torch.arange(columns).tensor_split(parts)
-    assert part_bounds(columns, parts) == [(int(each[0]), len(each)) for each in cut]

@@ -315,28 +315,6 @@ def test_an_input_that_requires_grad_is_refused_by_the_linearized_pass() -> None
         stn.linearize(X.clone().requires_grad_(), raw=raw_of(stn))
 
 
-def test_rows_are_cut_into_parts_where_that_is_certain() -> None:
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3),
-        nn.Conv2d(8, 8, 3, groups=2),
-        nn.ConvTranspose2d(8, 4, 1),
-        nn.Flatten(),
-        nn.Linear(64, 6),
-        nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)),
-    )
-    stn = stn_fx.transform(
-        model, "dropout(shared),cutout,weight_decay", (torch.randn(4, 3, 8, 8),), response=stn_fx.RowWise(parts=4)
-    )
-    parts = {
-        name: response.V.shape[0]
-        for name, response in stn.responses().items()
-        if response.kind == "row-wise" and response.V.ndim == 3
-    }
-    assert parts == {"0.weight": 3, "4.weight": 4, "5.weight": 4}  # one for each channel at most; none with groups
-    assert stn_fx.check(stn, torch.randn(4, 3, 8, 8)).passed
-    assert "4 parts" in str(stn.report)
-
-
 @pytest.mark.parametrize("response", ["rowwise", stn_fx.LowRank(2)])
 def test_padding_stays_padding_under_every_hyperparameter(response):
     torch.manual_seed(0)

@@ -27,8 +27,6 @@ class ParameterPlan:
     row_axis: int = 0
     rank: int = 0
     terms: int = 1
-    parts: int = 1
-    column_axis: int | None = None
     uses: int = 0
     reason: str = ""
     through: tuple[str, ...] = ()
@@ -55,16 +53,16 @@ class ParameterPlan:
         return replace(self, structure="none", rule="", through=(), reason="no response was asked for")
 
     def with_terms_for(self, hyperparameters: int) -> "ParameterPlan":
-        """The same parameter with as many terms or parts as hyperparameters at most."""
-        terms, parts = min(self.terms, max(1, hyperparameters)), min(self.parts, max(1, hyperparameters))
-        notes = [f"{number} {name}" for number, name in ((terms, "terms"), (parts, "parts")) if number > 1]
-        return replace(self, terms=terms, parts=parts, reason=", ".join(notes + ([self.reason] if self.reason else [])))
+        """The same parameter with as many terms as hyperparameters at most."""
+        terms = min(self.terms, max(1, hyperparameters))
+        notes = ([f"{terms} terms"] if terms > 1 else []) + ([self.reason] if self.reason else [])
+        return replace(self, terms=terms, reason=", ".join(notes))
 
     def response_scalars(self, hyperparameters: int) -> int:
         """Number of response parameters that the structure adds."""
         rows = self.shape[self.row_axis] if self.shape else 1
         if self.structure == "row-wise":
-            return self.terms * (self.scalars + self.parts * rows * hyperparameters)
+            return self.terms * (self.scalars + rows * hyperparameters)
         if self.structure == "low-rank":
             return rows * self.rank + self.rank * (self.scalars // rows) + self.rank * hyperparameters
         return self.scalars * hyperparameters if self.structure == "exact" else 0

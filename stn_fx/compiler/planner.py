@@ -109,14 +109,13 @@ def _structured(
         if not common:
             continue
         if not low_rank:
+            if not any(use.table for use in uses):  # rows of the longer side: more of them have more directions
+                common.sort(key=lambda axis: -shape[axis])
             terms, reason = _terms(uses, registry, response)
             if any(use.table for use in uses):
                 reason = "a table, too large for the exact Jacobian"
             plan = ParameterPlan(name, shape, "row-wise", rules, common[0], uses=len(uses) // calls, reason=reason)
-            parts, column_axis = _parts(shape, common[0], uses, registry, response)
-            return replace(
-                plan, terms=terms, parts=parts, column_axis=column_axis, padding_row=_padding_row(uses, registry)
-            )
+            return replace(plan, terms=terms, padding_row=_padding_row(uses, registry))
         assert isinstance(response, LowRank)
         if _low_rank_is_smaller(shape, common[0], uses, response.rank):
             plan = ParameterPlan(name, shape, "low-rank", rules, common[0], response.rank, uses=len(uses) // calls)
@@ -132,22 +131,6 @@ def _terms(uses: list[WeightUse], registry: Registry, response: LowRank | RowWis
     if response.terms > 1 and lacking:
         return 1, f"one term, as the {lacking[0]} takes no more"
     return response.terms, ""
-
-
-def _parts(
-    shape: tuple[int, ...], row_axis: int, uses: list[WeightUse], registry: Registry, response: LowRank | RowWise
-) -> tuple[int, int | None]:
-    """Parts of the rows, and the axis that they are cut along; one where a use does not allow it."""
-    axes = {_column_axis(use, registry) for use in uses}
-    axis = axes.pop() if len(axes) == 1 else None
-    if isinstance(response, LowRank) or axis is None or axis == row_axis:
-        return 1, None
-    return min(response.parts, shape[axis]), axis
-
-
-def _column_axis(use: WeightUse, registry: Registry) -> int | None:
-    rule = registry.find(use.consumer)
-    return None if rule is None or use.chain or use.table else rule.column_axis(use.consumer, use.position)
 
 
 def _padding_row(uses: list[WeightUse], registry: Registry) -> int | None:

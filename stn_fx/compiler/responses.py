@@ -7,14 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from stn_fx.compiler.plan import ParameterPlan, Plan
-from stn_fx.rules.structure import (
-    Exact,
-    LowRankResponse,
-    Response,
-    RowWisePartsResponse,
-    RowWiseResponse,
-    RowWiseSumResponse,
-)
+from stn_fx.rules.structure import Exact, LowRankResponse, Response, RowWiseResponse, RowWiseSumResponse
 
 
 def build_responses(plan: Plan, model: nn.Module, generator: torch.Generator) -> dict[str, Response]:
@@ -72,9 +65,6 @@ def part_shapes(responses: Mapping[str, Response]) -> dict[str, dict[str, torch.
 
 def _response(plan: ParameterPlan, hyperparameters: int) -> Response | None:
     if plan.structure == "row-wise":
-        if plan.parts > 1:
-            assert plan.column_axis is not None
-            return RowWisePartsResponse(plan.shape, plan.row_axis, plan.column_axis, hyperparameters, plan.parts)
         if plan.terms > 1:
             return RowWiseSumResponse(plan.shape, plan.row_axis, hyperparameters, plan.terms)
         return RowWiseResponse(plan.shape, plan.row_axis, hyperparameters)

@@ -33,7 +33,7 @@ from stn_fx.rules.activation_terms import activation_tap
 from stn_fx.rules.normalization import standardize
 from stn_fx.rules.per_example import per_example, per_example_tangent
 from stn_fx.rules.rule import Groups, Layout, StructuredChange
-from stn_fx.rules.structure import exact_change, part_bounds, row_scales
+from stn_fx.rules.structure import exact_change, row_scales
 from stn_fx.rules.tangent import differentiable, linearize
 
 aten = torch.ops.aten
@@ -324,21 +324,10 @@ class GraphEmitter:
 
     def _own_changes(self, plan: ParameterPlan) -> list[StructuredChange]:
         parts = {part: self._fetch("response", f"{plan.name}.{part}") for part in _PARTS[plan.structure]}
-        if plan.parts > 1:
-            return self._changes_of_parts(plan, parts)
         if plan.terms == 1:
             return [self._own_change(plan, parts)]
         terms = range(plan.terms)
         return [self._own_change(plan, {part: self.item(each, t) for part, each in parts.items()}) for t in terms]
-
-    def _changes_of_parts(self, plan: ParameterPlan, parts: dict[str, Node]) -> list[StructuredChange]:
-        assert plan.column_axis is not None
-        found = []
-        for number, part in enumerate(part_bounds(plan.shape[plan.column_axis], plan.parts)):
-            factor = self.call(torch.ops.aten.narrow.default, parts["U"], plan.column_axis, *part)
-            scales = self.call(row_scales, self.item(parts["V"], number), self.holders["delta"])
-            found.append(StructuredChange(factor, scales, plan.row_axis, part=part))
-        return found
 
     def _own_change(self, plan: ParameterPlan, parts: dict[str, Node]) -> StructuredChange:
         scales = self.call(row_scales, parts["V"], self.holders["delta"])

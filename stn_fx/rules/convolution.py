@@ -62,8 +62,6 @@ class _Convolution(Rule):
 
     def _weight_term(self, emit: Emitter, node: Node, x: Node, change: StructuredChange, total: Any) -> Any:
         if change.left is None:
-            if change.part is not None:
-                x = emit.call(aten.narrow.default, x, 1, *change.part)
             rows = self._plain(emit, node, x, change.factor)
             return add_scaled(emit, total, rows, change.scales, emit.layout(node), 1)
         term = emit.call(
@@ -100,11 +98,6 @@ class ConvolutionRule(_Convolution):
         aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
         aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
     )  # fmt: skip
-
-    def column_axis(self, node: Node, position: int) -> int | None:
-        # Without a batch axis, (C, L), channels are on axis 0, which no example has.
-        x, weight = node.args[0].meta["val"], node.args[1].meta["val"]
-        return 1 if x.ndim == weight.ndim and x.shape[1] == weight.shape[1] else None
 
 
 @REGISTRY.register

@@ -39,9 +39,6 @@ class _MatrixRule(Rule):
         # Of several matrices, the features of the output that they have in common.
         return (self.outputs_axis, 1 - self.outputs_axis) if rank == 2 else (rank - 1,)
 
-    def column_axis(self, node: Node, position: int) -> int | None:
-        return 1 - self.outputs_axis if node.args[position].meta["val"].ndim == 2 else None
-
     def is_table(self, node: Node, position: int) -> bool:
         return position == self.weight_at and node.args[position].meta["val"].ndim > 2
 
@@ -67,8 +64,6 @@ class _MatrixRule(Rule):
             )
             return add_terms(emit, total, term)
         if rows_are_outputs:
-            if change.part is not None:
-                x = emit.call(aten.narrow.default, x, -1, *change.part)
             rows = self._product(emit, x, change.factor)
             return add_scaled(emit, total, rows, change.scales, emit.layout(node), -1)
         scaled = emit.call(scale_rows, x, change.scales, input_layout, -1)

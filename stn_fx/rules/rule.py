@@ -32,15 +32,13 @@ class StructuredChange:
     """Change of a weight in emitted code: row-wise (``factor`` = U) or low-rank (``factor`` = B, ``left`` = A).
 
     ``scales`` is the node of V delta, (B, O) or (B, r); ``row_axis`` the axis of the weight, as the operator sees it,
-    that is scaled.  Where ``part`` (start, length) is given, ``factor`` is that part of the weight along the axis of
-    the operator's inputs, and acts on that part of them.
+    that is scaled.
     """
 
     factor: Node
     scales: Node
     row_axis: int
     left: Node | None = None
-    part: tuple[int, int] | None = None
 
 
 class Emitter(Protocol):
@@ -149,13 +147,6 @@ class Rule:
     def weight_axes(self, node: Node, position: int, rank: int) -> tuple[int, ...]:
         """Axes of the tensor at ``position`` along which its response may be scaled, preferred first; () = none."""
         return ()
-
-    def column_axis(self, node: Node, position: int) -> int | None:
-        """Axis of the weight at ``position`` that meets the inputs' features, where a response may be cut along it.
-
-        A rule that tells one understands the `part` of a structured change.
-        """
-        return None
 
     def found_as(self, node: Node) -> tuple[str, str] | None:
         """(qualified name, catalogue entry) of the site that this call is, where the call itself says so.

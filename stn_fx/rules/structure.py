@@ -37,21 +37,12 @@ class RowWise:
     are hyperparameters, the most that are made, it can be any Jacobian. Each term has the memory of the
     weights and, in the linearized and the response pass, one more product with them. The weights of recurrent networks
     have one term; the report says which.
-
-    With ``parts``, the inputs of a row are cut into as many parts, which move along directions of their own: products
-    and memory of one part, and hypergradients between those of one and of several terms
-    (``examples/benchmarks/results/README.md``). Linear layers and convolutions without groups that are used as they are
-    have them; the report says which.
     """
 
     terms: int = 1
-    parts: int = 1
 
     def __post_init__(self) -> None:
         require_count("terms", self.terms)
-        require_count("parts", self.parts)
-        if self.terms > 1 and self.parts > 1:
-            raise InputError(f"RowWise(terms={self.terms}, parts={self.parts}): give either terms or parts.")
 
 
 @dataclass(frozen=True)
@@ -208,62 +199,6 @@ class RowWiseSumResponse(Response):
     def _rows(self) -> Tensor:
         """``U`` as (O, terms, F)."""
         return self.U.movedim(1 + self.row_axis, 0).flatten(2)
-
-
-class RowWisePartsResponse(Response):
-    """``DeltaW_i = diag(V_p delta_i) U`` in part p of the ``column_axis``; ``U`` shaped like W, ``V`` (parts, O, H)."""
-
-    kind = "row-wise"
-
-    def __init__(
-        self, shape: tuple[int, ...], row_axis: int, column_axis: int, hyperparameters: int, parts: int
-    ) -> None:
-        super().__init__(shape)
-        self.row_axis, self.column_axis = row_axis, column_axis
-        self.U = nn.Parameter(untouched_zeros(self.shape))
-        self.V = nn.Parameter(torch.empty(parts, self.shape[row_axis], hyperparameters))
-
-    def initialise(self, generator: torch.Generator) -> None:
-        """Draw ``V``: orthogonal directions for the parts of a row, as far as there are hyperparameters."""
-        parts, rows, hyperparameters = self.V.shape
-        # On the CPU in float32, as everything that is drawn.
-        drawn = torch.randn(rows, hyperparameters, parts, generator=generator, device="cpu", dtype=torch.float32)
-        with torch.no_grad():
-            self.V.copy_(torch.linalg.qr(drawn)[0].permute(2, 0, 1))
-
-    def silence(self, row: int) -> None:
-        """Nothing to do: U stays zero where no gradient comes."""
-
-    def dense(self, delta: Tensor) -> Tensor:
-        scales_PO = self.V @ delta
-        by_row = [-1 if a == self.row_axis else 1 for a in range(len(self.shape))]
-        parts = [U * scales_O.reshape(by_row) for U, scales_O in zip(self._cut(self.U), scales_PO, strict=True)]
-        return torch.cat(parts, self.column_axis)
-
-    def squared_norm_change(self, weight: Tensor, delta_BH: Tensor) -> Tensor:
-        squares_PO = self._products(self.U, self.U)
-        squares_B = torch.einsum("bpo,po->b", self._scales(delta_BH).square(), squares_PO)
-        return 2 * self.inner_product(weight, delta_BH) + squares_B
-
-    def inner_product(self, direction: Tensor, delta_BH: Tensor) -> Tensor:
-        return torch.einsum("bpo,po->b", self._scales(delta_BH), self._products(direction, self.U))
-
-    def _scales(self, delta_BH: Tensor) -> Tensor:
-        return torch.einsum("bh,poh->bpo", delta_BH, self.V)
-
-    def _cut(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        return tensor.tensor_split(len(self.V), self.column_axis)
-
-    def _products(self, a: Tensor, b: Tensor) -> Tensor:
-        """Inner products of the rows in every part, (parts, O)."""
-        pairs = zip(self._cut(a), self._cut(b), strict=True)
-        return torch.stack([(x * y).movedim(self.row_axis, 0).flatten(1).sum(1) for x, y in pairs])
-
-
-def part_bounds(columns: int, parts: int) -> list[tuple[int, int]]:
-    """Start and length of every part, as ``torch.tensor_split`` cuts."""
-    sizes = [columns // parts + (number < columns % parts) for number in range(parts)]
-    return [(sum(sizes[:number]), size) for number, size in enumerate(sizes)]
 
 
 class LowRankResponse(Response):
