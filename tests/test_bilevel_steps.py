@@ -303,13 +303,16 @@ def test_the_entropy_term_widens_the_scales():
     assert (stn.hparams.scales() > before).all()
 
 
+# A response of low rank is still so small after three steps that rounding shows in its hypergradient.
+@pytest.mark.parametrize(("response", "of_hyper"), [("rowwise", 0.99), (stn_fx.LowRank(2), 0.9)])
 @pytest.mark.parametrize("hparams", ["dropout,weight_decay", "dropout,weight_decay,label_smoothing"])
-def test_bfloat16_autocast_gives_nearly_the_same_gradients(hparams):
+def test_bfloat16_autocast_gives_nearly_the_same_gradients(hparams, response, of_hyper):
     def gradients(dtype):
         torch.manual_seed(0)
-        layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(144, 3)]
-        model, x, y = nn.Sequential(*layers), torch.randn(8, 1, 8, 8), torch.arange(8) % 3
-        stn = stn_fx.transform(model, hparams, (x,), seed=0)
+        layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2), nn.Flatten()]
+        model = nn.Sequential(*layers, nn.Linear(144, 16), nn.Tanh(), nn.Linear(16, 24), nn.Linear(24, 3))
+        x, y = torch.randn(8, 1, 8, 8), torch.arange(8) % 3
+        stn = stn_fx.transform(model, hparams, (x,), response=response, seed=0)
         # The response learns in the last step too; from the difference of two passes, which doubles what rounding does.
         steps = DeltaSTN(stn, response_step=Linearized(), updates=UpdateOptions(autocast=dtype))
         for _ in range(3):
@@ -322,7 +325,8 @@ def test_bfloat16_autocast_gives_nearly_the_same_gradients(hparams):
     full, lowered = gradients(None), gradients(torch.bfloat16)
     for role in full:
         assert not torch.equal(full[role], lowered[role])
-        assert torch.cosine_similarity(full[role], lowered[role], dim=0) > 0.99
+        agreement = torch.cosine_similarity(full[role], lowered[role], dim=0)
+        assert agreement > (of_hyper if role == "hyper" else 0.99), f"{role}: {agreement:.3f}"
 
 
 def test_the_linearized_pass_leaves_statistics_over_parameters_alone():

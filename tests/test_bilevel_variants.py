@@ -350,7 +350,7 @@ def test_stn_is_the_uncentred_joint_training_of_its_paper():
     centre = raw.detach().clone()
 
     def weights_B(raw_BH):
-        return v0 + ((raw_BH - centre) @ V.t())[:, :, None] * U
+        return v0 + ((raw_BH - centre) @ V.t())[:, None, :] * U  # rows are those of the longer side, the inputs
 
     def sample(size):
         return raw + F.softplus(raw_scale) * torch.randn(size, 1, generator=generator, dtype=torch.float64)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from stn_fx.rules.layout import scale_rows
+from stn_fx.rules.layout import scale_inputs
 from stn_fx.rules.rule import REGISTRY, Emitter, Rule, StructuredChange
 from stn_fx.rules.weighted import add_scaled, add_terms, bias_term
 
@@ -26,8 +26,8 @@ def low_rank_convolution(
     groups = geometry.get("groups", 1)
     kernels = B.repeat(groups, *(1,) * (B.ndim - 1)) if groups > 1 else B
     hidden = convolution(x, kernels, None, **geometry)
-    hidden = scale_rows(hidden, scales.repeat(1, groups) if groups > 1 else scales, layout, 1)
-    mix = A.reshape(*A.shape, *(1,) * (B.ndim - 2))
+    hidden = scale_inputs(hidden, scales.repeat(1, groups) if groups > 1 else scales, layout, 1)
+    mix = A.to(x.dtype).reshape(*A.shape, *(1,) * (B.ndim - 2))
     return _POINTWISE[B.ndim](hidden, mix, None, groups=groups)
 
 
@@ -35,8 +35,8 @@ def low_rank_transposed_convolution(
     convolution: Any, x: Tensor, A: Tensor, B: Tensor, scales: Tensor, layout: Any, geometry: dict[str, Any]
 ) -> Tensor:
     """The same for a transposed convolution without groups, whose weight (I, O, ...) has B of shape (r, I, ...)."""
-    hidden = scale_rows(convolution(x, B.transpose(0, 1), None, **geometry), scales, layout, 1)
-    mix = A.reshape(*A.shape, *(1,) * (B.ndim - 2))
+    hidden = scale_inputs(convolution(x, B.transpose(0, 1), None, **geometry), scales, layout, 1)
+    mix = A.to(x.dtype).reshape(*A.shape, *(1,) * (B.ndim - 2))
     return _POINTWISE[B.ndim](hidden, mix, None)
 
 

@@ -102,6 +102,11 @@ def scale_rows(values: Tensor, scales_BO: Tensor, layout: tuple[int, int, int], 
     return join_batch(split * per_row(scales_BO, layout, values.ndim, channel_axis), layout)
 
 
+def scale_inputs(values: Tensor, scales_BO: Tensor, layout: tuple[int, int, int], channel_axis: int) -> Tensor:
+    """`scale_rows` in the precision of the values, which under autocast is that of the product that they enter."""
+    return scale_rows(values, scales_BO.to(values.dtype), layout, channel_axis)
+
+
 def add_scaled_rows(
     total: Tensor, values: Tensor, scales_BO: Tensor, layout: tuple[int, int, int], channel_axis: int
 ) -> Tensor:

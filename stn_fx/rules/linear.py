@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from stn_fx.rules.layout import scale_rows
+from stn_fx.rules.layout import scale_inputs
 from stn_fx.rules.rule import REGISTRY, Emitter, Rule, StructuredChange
 from stn_fx.rules.weighted import add_scaled, add_terms, bias_term
 
@@ -21,8 +21,8 @@ aten = torch.ops.aten
 def low_rank_linear(x: Tensor, A: Tensor, B: Tensor, scales: Tensor, layout: Any, rows_are_outputs: bool) -> Tensor:
     """``((x B^T) * s) A^T`` for a weight A diag(s) B; the other way round where rows are the layer's inputs."""
     if rows_are_outputs:
-        return scale_rows(x @ B.t(), scales, layout, -1) @ A.t()
-    return scale_rows(x @ A, scales, layout, -1) @ B
+        return scale_inputs(x @ B.t(), scales, layout, -1) @ A.t().to(x.dtype)
+    return scale_inputs(x @ A.to(x.dtype), scales, layout, -1) @ B
 
 
 class _MatrixRule(Rule):
@@ -66,7 +66,7 @@ class _MatrixRule(Rule):
         if rows_are_outputs:
             rows = self._product(emit, x, change.factor)
             return add_scaled(emit, total, rows, change.scales, emit.layout(node), -1)
-        scaled = emit.call(scale_rows, x, change.scales, input_layout, -1)
+        scaled = emit.call(scale_inputs, x, change.scales, input_layout, -1)
         return add_terms(emit, total, self._product(emit, scaled, change.factor))
 
     def respond(self, emit: Emitter, node: Node) -> Any:
