@@ -25,6 +25,7 @@ from stn_fx.bilevel.atomic import write_atomically
 from stn_fx.bilevel.checkpoint_file import checkpoints_in
 from stn_fx.bilevel.response_step import EVERY, FRACTION, LEAST
 from stn_fx.bilevel.steps import ENTROPY_WEIGHT
+from stn_fx.bilevel.trainer import TRAIN_STEPS
 from stn_fx.errors import InputError
 
 from .options import RESPONSE_HELP, OptimizerName, ScheduleName
@@ -125,7 +126,7 @@ def tune(
     ] = None,
     train_steps: Annotated[
         int, typer.Option(min=1, rich_help_panel=TUNING, help="Training updates between rounds of tuning.")
-    ] = 5,
+    ] = TRAIN_STEPS,
     valid_steps: Annotated[int, typer.Option(min=1, rich_help_panel=TUNING, help="Tuning updates in a round.")] = 1,
     hyper_lr: Annotated[
         float,

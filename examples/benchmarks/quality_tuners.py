@@ -15,6 +15,7 @@ from torch.optim import RMSprop
 import stn_fx
 from stn_fx.bilevel import STN, DeltaSTN, EveryKth, Linearized, OnFraction, SharedForward
 from stn_fx.bilevel.response_step import EVERY, FRACTION, LEAST, ResponseStep
+from stn_fx.bilevel.trainer import TRAIN_STEPS as USUAL_TRAIN_STEPS
 from stn_fx.transform import ResponseForm
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def _delta_stn(task: Task, costs: Costs) -> Way:
     """Delta-STN with everything as the trainer has it by itself; only the optimizers of training are the task's."""
     cost = replace(costs["delta_stn"], inner=1 + 2 / EVERY * (costs["part_of_batch"].inner - 1))
     own = {"base_optimizer": sgd(task), "response_optimizer": sgd(task)}
-    return Way(lambda wrapped: DeltaSTN(wrapped, **own), cost, train_steps=5, warmup=None)
+    return Way(lambda wrapped: DeltaSTN(wrapped, **own), cost, train_steps=USUAL_TRAIN_STEPS, warmup=None)
 
 
 def _frequent(

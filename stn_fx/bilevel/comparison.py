@@ -16,7 +16,7 @@ from stn_fx.bilevel.objective import Loss, Objective
 from stn_fx.bilevel.records import FitResult
 from stn_fx.bilevel.schedules import LearningRateSchedule, SchedulerFactory
 from stn_fx.bilevel.steps import DeltaSTN, DeltaSTNOptions, FixedHyperparameters
-from stn_fx.bilevel.trainer import BilevelTrainer
+from stn_fx.bilevel.trainer import TRAIN_STEPS, BilevelTrainer
 
 if TYPE_CHECKING:
     from stn_fx.transform import SelfTuningModule
@@ -39,7 +39,7 @@ class Recipe:
 
     epochs: int
     warmup_epochs: int | None = None
-    train_steps: int = 5
+    train_steps: int = TRAIN_STEPS
     valid_steps: int = 1
     options: DeltaSTNOptions = field(default_factory=DeltaSTNOptions)
     loss: Loss | Objective = F.cross_entropy

@@ -17,6 +17,7 @@ from stn_fx.bilevel.generators import Generators
 from stn_fx.bilevel.objective import Loss, Objective
 from stn_fx.bilevel.reader import BatchReader
 from stn_fx.bilevel.steps import DeltaSTN, DeltaSTNOptions
+from stn_fx.bilevel.trainer import TRAIN_STEPS
 from stn_fx.bilevel.updates import validation_loss
 from stn_fx.errors import InputError
 
@@ -49,7 +50,7 @@ class TunedLightningModule(LightningModule):
         loss: Loss | Objective = F.cross_entropy,
         *,
         warmup_epochs: int = 1,
-        train_steps: int = 5,
+        train_steps: int = TRAIN_STEPS,
         valid_steps: int = 1,
         options: DeltaSTNOptions | None = None,
     ) -> None:
