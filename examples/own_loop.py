@@ -27,7 +27,7 @@ def main(epochs: int = 8, examples: int = 600) -> dict[str, float]:
     for epoch in range(epochs):
         for i, batch in enumerate(DataLoader(train, 32, shuffle=True)):
             record = steps.inner_step(batch)  # the weights, then their response
-            if epoch >= epochs // 3 and i % 5 == 4:
+            if epoch >= epochs // 3 and i % 2 == 1:
                 steps.outer_step(next(validation))  # the hyperparameters
         scheduler.step()
         for role in ("hyper", "scale"):  # those that go on moving around weights at rest run away

@@ -23,6 +23,16 @@ def test_first_example_runs_and_gives_back_the_users_model(capsys: pytest.Captur
     assert "dropout.layer1.0" in capsys.readouterr().out
 
 
+def test_own_loop_moves_the_hyperparameters() -> None:
+    torch.manual_seed(0)
+    names: dict = {}
+    exec(compile(first_example().split("trainer = ")[0], "README.md", "exec"), names)
+    before = names["stn"].hparams.values()
+    (loop,) = [block for block in README.split("```python\n")[1:] if "steps = stn_fx.DeltaSTN(" in block]
+    exec(compile(loop.split("```", 1)[0], "README.md", "exec"), names)
+    assert all(value != before[name] for name, value in names["stn"].hparams.values().items() if "cutout" not in name)
+
+
 @pytest.mark.parametrize("name", stn_fx.__all__)
 def test_public_names_are_there(name: str) -> None:
     assert hasattr(stn_fx, name)

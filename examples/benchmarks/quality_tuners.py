@@ -77,7 +77,7 @@ def _frequent(
     train_steps: int = TRAIN_STEPS,
     scale: float | None = None,
 ) -> Way:
-    """Delta-STN with more outer steps, a shorter warm-up and a response that learns from whole batches.
+    """Delta-STN with a response that learns from whole batches, a shorter warm-up and a lower outer rate.
 
     Args:
         task: what is trained.

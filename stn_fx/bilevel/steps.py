@@ -42,7 +42,7 @@ class DeltaSTN(Algorithm):
         steps = stn_fx.DeltaSTN(stn, loss=F.cross_entropy)
         for i, batch in enumerate(train_loader):
             steps.inner_step(batch)
-            if i % 5 == 4:
+            if i % 2 == 1:
                 steps.outer_step(next(valid_batches))
 
     Learning rates cannot be tuned this way: the hypergradient flows through the weights that training converges to, and
