@@ -9,7 +9,7 @@ bound in 4 of 10 runs, this way round in 1.
 
 Shapes: O rows, H hyperparameters, B examples, r rank; "row axis" is the axis of the parameter that is scaled. Of a
 matrix it is the longer one, outputs or inputs: each row moves along one direction for all hyperparameters, so the more
-rows, the more directions (hypergradients of a perceptron agree with retrained runs to 0.76 instead of 0.60,
+rows, the more directions (hypergradients of a perceptron agree with retrained runs to 0.77 instead of 0.60,
 ``examples/benchmarks/results/README.md``; the papers scale outputs).
 """
 
