@@ -130,7 +130,7 @@ def tune(
     valid_steps: Annotated[int, typer.Option(min=1, rich_help_panel=TUNING, help="Tuning updates in a round.")] = 1,
     hyper_lr: Annotated[
         float,
-        typer.Option(min=0, rich_help_panel=TUNING, help="Learning rate of hyperparameters and scales (RMSprop)."),
+        typer.Option(min=0, rich_help_panel=TUNING, help="Learning rate of hyperparameters and scales."),
     ] = 0.03,
     response_lr: Annotated[
         float | None,

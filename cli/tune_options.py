@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim import RMSprop
 
 from stn_fx.bilevel.apply import UpdateOptions
 from stn_fx.bilevel.atomic import write_atomically
 from stn_fx.bilevel.comparison import Recipe
+from stn_fx.bilevel.optimizers import CORRECTED_RMSPROP
 from stn_fx.bilevel.response_step import EVERY, FRACTION, usual_step
 from stn_fx.data.sources import DIGITS
 from stn_fx.errors import InputError
@@ -112,8 +112,8 @@ class TuneOptions:
             options={
                 "base_optimizer": partial(OPTIMIZERS[self.optimizer], lr=lr),
                 "response_optimizer": partial(OPTIMIZERS[self.optimizer], lr=response_lr),
-                "hyper_optimizer": partial(RMSprop, lr=self.hyper_lr),
-                "scale_optimizer": partial(RMSprop, lr=self.hyper_lr),
+                "hyper_optimizer": partial(CORRECTED_RMSPROP, lr=self.hyper_lr),
+                "scale_optimizer": partial(CORRECTED_RMSPROP, lr=self.hyper_lr),
                 "response_step": usual_step(self.response_every, self.response_fraction),
                 "entropy_weight": self.entropy_weight,
                 "updates": UpdateOptions(

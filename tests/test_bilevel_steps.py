@@ -303,6 +303,17 @@ def test_the_entropy_term_widens_the_scales():
     assert (stn.hparams.scales() > before).all()
 
 
+def test_the_first_outer_step_is_no_longer_than_others():
+    stn = make()
+    steps = DeltaSTN(stn)
+    for _ in range(2):
+        steps.inner_step(BATCH)
+    before = [stn.hparams.raw.detach().clone(), stn.hparams.raw_scale.detach().clone()]
+    steps.outer_step(BATCH)
+    for old, new in zip(before, (stn.hparams.raw, stn.hparams.raw_scale), strict=True):
+        assert 0.02 < (new - old).abs().max() < 0.0301
+
+
 # A response of low rank is still so small after three steps that rounding shows in its hypergradient.
 @pytest.mark.parametrize(("response", "of_hyper"), [("rowwise", 0.99), (stn_fx.LowRank(2), 0.9)])
 @pytest.mark.parametrize("hparams", ["dropout,weight_decay", "dropout,weight_decay,label_smoothing"])
