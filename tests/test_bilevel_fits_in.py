@@ -95,7 +95,7 @@ def test_tensorboard_gets_every_scalar(monkeypatch, tmp_path):
     module.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     log = TensorBoard(tmp_path)
-    make_trainer().fit(2, warmup_epochs=1, callbacks=[log])
+    make_trainer().fit(2, warmup_epochs=1, train_steps=5, callbacks=[log])
     scalars = log._writer.scalars
     assert {("loss/base pass", 8), ("loss/linearized pass", 1), ("loss/validation", 4)} <= set(scalars)
     assert {("hyperparameter/weight_decay", 0), ("scale/label_smoothing", 5)} <= set(scalars)
