@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from stn_fx.transform import SelfTuningModule
 
 
-TRAIN_STEPS = 2
-"""T_train where none is given; chosen with `examples/benchmarks/quality.py` (the papers' usual choice is 5)."""
+TRAIN_STEPS = 5
+"""T_train where none is given, as usual in the papers; 2 costs a fifth more and was no better, see
+`examples/benchmarks/results/README.md`."""
 WARMUP_UPDATES = 500
 """What it takes to learn a response."""
 
@@ -107,8 +108,7 @@ class BilevelTrainer:
             warmup_epochs: epochs at the start without outer steps: the response is learned first, and an undertrained
                 model wants no regularization. None = as many as hold 500 updates, but a fifth of all at
                 least and two fifths at most, and one where there is more than one.
-            train_steps: T_train, inner steps between two rounds of outer steps (2; the papers' usual choice, 5, is
-                cheaper and follows more slowly).
+            train_steps: T_train, inner steps between two rounds of outer steps (the papers' usual choice is 5).
             valid_steps: T_valid, outer steps in a round (1).
             callbacks: called in this order at every event.
             resume_from: a checkpoint that the callback `Checkpoint` wrote, or its folder for the latest one; everything
