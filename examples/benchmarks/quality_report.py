@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from quality_methods import METHODS, SEARCHES, START_UP_TRIALS, TRIALS, TUNING_BUDGET
+from quality_methods import COMPARED, METHODS, SEARCHES, START_UP_TRIALS, TRIALS, TUNING_BUDGET
+from quality_tuners import FROM_ALL_STARTS
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -182,6 +183,9 @@ def _reached(curve: list[tuple[float, float]], compute: float) -> float:
 
 
 def _draw_curves(path: Path, chains: list[Chain]) -> None:
+    """What is compared, and the variants that begin at every start; the others are in the tables."""
+    drawn = {*COMPARED, *FROM_ALL_STARTS}
+    chains = [chain for chain in chains if chain.method in drawn] or chains
     tasks = list(dict.fromkeys(chain.task for chain in chains))
     figure, axes = plt.subplots(1, len(tasks), figsize=(6 * len(tasks), 4.2), squeeze=False, layout="constrained")
     for ax, task in zip(axes[0], tasks, strict=True):
