@@ -40,6 +40,9 @@ class RowWise:
     are hyperparameters, the most that are made, it can be any Jacobian. Each term has the memory of the
     weights and, in the linearized and the response pass, one more product with them. The weights of recurrent networks
     have one term; the report says which.
+
+    The rows of a matrix are those of its longer side: its outputs, or its inputs where it has more of them, which costs
+    one product more in the backward pass of the linearized one.
     """
 
     terms: int = 1
